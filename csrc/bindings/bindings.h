@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The parts of the extension module, one function each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fs {
+
+void bind_ops(pybind11::module_& module);   // ops and their table
+void bind_kv(pybind11::module_& module);    // BlockPool, PrefixTree
+void bind_plan(pybind11::module_& module);  // AttentionPlan
+
+}  // namespace fs

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/isa.h"
+
+#include <array>
+#include <atomic>
+
+#include "core/error.h"
+
+namespace fs {
+
+namespace {
+
+bool machine_has(Isa isa) {
+  if (isa == Isa::portable) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (isa) {
+    case Isa::avx2:
+      return avx2;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx512bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    case Isa::avx512_emulated:
+    case Isa::avx512bf16_emulated:
+#if defined(FS_EMULATE_AVX512)
+      return avx2;
+#endif
+    default:
+      return false;
+  }
+#else
+  return false;
+#endif
+}
+
+std::atomic<int> g_active{-1};
+
+}  // namespace
+
+const char* name_of(Isa isa) {
+  constexpr const char* names[kNumIsas] = {"portable", "avx512_emulated", "avx512bf16_emulated",
+                                           "avx2",     "avx512",          "avx512bf16"};
+  return names[static_cast<int>(isa)];
+}
+
+bool isa_runs(Isa isa) {
+  static const std::array<bool, kNumIsas> runs = [] {
+    std::array<bool, kNumIsas> found{};
+    for (int i = 0; i < kNumIsas; ++i) found[static_cast<size_t>(i)] = machine_has(static_cast<Isa>(i));
+    return found;
+  }();
+  return runs[static_cast<size_t>(isa)];
+}
+
+Isa best_isa() {
+  int isa = kNumIsas - 1;
+  while (!isa_runs(static_cast<Isa>(isa))) --isa;
+  return static_cast<Isa>(isa);
+}
+
+Isa active_isa() {
+  const int active = g_active.load(std::memory_order_relaxed);
+  if (active >= 0) [[likely]]
+    return static_cast<Isa>(active);
+  const Isa best = best_isa();
+  g_active.store(static_cast<int>(best), std::memory_order_relaxed);
+  return best;
+}
+
+void set_active_isa(Isa isa) {
+  FS_CHECK(isa_runs(isa), "instruction set " << name_of(isa)
+                                             << " does not run on this machine; the best that does is "
+                                             << name_of(best_isa()));
+  g_active.store(static_cast<int>(isa), std::memory_order_relaxed);
+}
+
+}  // namespace fs

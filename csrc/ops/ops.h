@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every native op, declared once. Read this first.
+//
+// Dimension names: T tokens (rows) of the step, H hidden size, V vocabulary, M N K of a matrix product, Nq
+// and Nkv query and key-value heads, D head size, S block size, NB number of KV blocks, B requests, MB
+// longest block table. On the CPU activations are float32 between ops; weights are float32, bfloat16 or
+// float16.
+#pragma once
+
+#include "core/op.h"
+
+namespace fs {
+
+inline constexpr DTypes kWeights = DType::f32 | DType::bf16 | DType::f16;
+inline constexpr DTypes kActivations = DType::f32 | DType::bf16 | DType::f16;
+
+struct Embedding {
+  Tensor out, token_ids, weight;
+  static constexpr OpInfo info{"embedding", "out[t] = weight[token_ids[t]]", "weight"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&Embedding::out, "out", "T H", kActivations, Access::write),
+        tensor(&Embedding::token_ids, "token_ids", "T", DType::i32),
+        tensor(&Embedding::weight, "weight", "V H", kWeights),
+    };
+  }
+};
+
+struct RmsNorm {
+  Tensor out, x, residual, weight;
+  float eps;
+  static constexpr OpInfo info{
+      "rms_norm",
+      "out = x / sqrt(mean(x^2) + eps) * weight; given a residual: residual += x first, and out is its norm",
+      "x"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&RmsNorm::out, "out", "T H", kActivations, Access::write),
+        tensor(&RmsNorm::x, "x", "T H", kActivations).rows(),
+        tensor(&RmsNorm::residual, "residual", "T H", kActivations, Access::update).maybe(),
+        tensor(&RmsNorm::weight, "weight", "H", kWeights),
+        scalar(&RmsNorm::eps, "eps"),
+    };
+  }
+};
+
+struct PackLinear {
+  Tensor packed, weight;
+  static constexpr OpInfo info{
+      "pack_linear",
+      "rearrange weight [N, K] into the panels that `linear` reads; packed has packed_linear_shape(N, K)",
+      "weight"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&PackLinear::packed, "packed", "P Kp 32", kWeights, Access::write),
+        tensor(&PackLinear::weight, "weight", "N K", kWeights).rows(),
+    };
+  }
+};
+
+struct Linear {
+  Tensor out, x, packed, bias, workspace;
+  static constexpr OpInfo info{"linear", "out = x @ weight.T + bias, weight packed by `pack_linear`",
+                               "packed"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&Linear::out, "out", "M N", kActivations, Access::write).rows(),
+        tensor(&Linear::x, "x", "M K", kActivations).rows(),
+        tensor(&Linear::packed, "packed", "P Kp 32", kWeights),
+        tensor(&Linear::bias, "bias", "N", DType::f32).maybe(),
+        tensor(&Linear::workspace, "workspace", "W", DType::u8, Access::write),
+    };
+  }
+};
+
+struct RopeKvWrite {
+  Tensor q, k, v, positions, slot_mapping, cos_sin, kv_cache, q_norm, k_norm;
+  float eps;
+  static constexpr OpInfo info{"rope_kv_write",
+                               "per head: RMS norm of q and k if weights are given, rotate both by their "
+                               "positions (q in place), write k and v "
+                               "to the KV cache at slot = block * S + offset",
+                               "kv_cache"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&RopeKvWrite::q, "q", "T Nq D", kActivations, Access::update).rows(),
+        tensor(&RopeKvWrite::k, "k", "T Nkv D", kActivations).rows(),
+        tensor(&RopeKvWrite::v, "v", "T Nkv D", kActivations).rows(),
+        tensor(&RopeKvWrite::positions, "positions", "T", DType::i32),
+        tensor(&RopeKvWrite::slot_mapping, "slot_mapping", "T", DType::i32),
+        tensor(&RopeKvWrite::cos_sin, "cos_sin", "MaxPos D", DType::f32),
+        tensor(&RopeKvWrite::kv_cache, "kv_cache", "NB 2 Nkv S D", kActivations, Access::update),
+        tensor(&RopeKvWrite::q_norm, "q_norm", "D", kWeights).maybe(),
+        tensor(&RopeKvWrite::k_norm, "k_norm", "D", kWeights).maybe(),
+        scalar(&RopeKvWrite::eps, "eps"),
+    };
+  }
+};
+
+struct SiluMul {
+  Tensor out, gate_up;
+  static constexpr OpInfo info{"silu_mul", "out = silu(gate) * up, where gate_up = [gate | up]", "gate_up"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&SiluMul::out, "out", "T I", kActivations, Access::write),
+        tensor(&SiluMul::gate_up, "gate_up", "T 2*I", kActivations).rows(),
+    };
+  }
+};
+
+// All ops, in the order of `fastserve doctor --ops` and of the generated table.
+using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, RopeKvWrite, SiluMul>;
+
+}  // namespace fs
