@@ -2,9 +2,9 @@
 """What a model folder's config.json says, checked and in one spelling.
 
 The file is data from strangers: nothing in it (auto_map, custom classes) is ever imported, every size has a
-type and a bound, and a feature that this engine does not compute is an error, never ignored: a model that runs
-with a missing feature produces plausible nonsense. Both spellings in use are read, that of transformers 4
-(rope_theta, rope_scaling, torch_dtype) and that of transformers 5 (rope_parameters, dtype).
+type and a bound, and a feature that this engine does not compute is an error, never ignored: a model that
+runs with a missing feature produces plausible nonsense. Both spellings in use are read, that of transformers
+4 (rope_theta, rope_scaling, torch_dtype) and that of transformers 5 (rope_parameters, dtype).
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _heads(fields: Fields, architecture: str) -> tuple[int, int, int]:
 
 
 def _layer_windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """Each layer's attention window. The families disagree about what the fields mean when some are absent."""
+    """Each layer's attention window. The families disagree about what absent fields mean."""
     window = fields.optional_integer("sliding_window", 1, MAX_POSITIONS)
     first = 0
     if architecture == "LlamaForCausalLM" and window is not None:

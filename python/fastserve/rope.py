@@ -2,8 +2,8 @@
 """Rotary position embedding: the table of cosines and sines, for every supported scaling of the frequencies.
 
 Everything is computed in the precision and order that transformers uses (frequencies, angles and their
-cosines in fp32), because an angle is a large number: at position 30,000 one rounding of the frequency moves the
-angle by 1e-3, and greedy decoding of long prompts would drift from the reference.
+cosines in fp32), because an angle is a large number: at position 30,000 one rounding of the frequency moves
+the angle by 1e-3, and greedy decoding of long prompts would drift from the reference.
 """
 
 from __future__ import annotations
