@@ -1,11 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-PYTHON ?= python3
-JOBS ?= $(shell nproc)
+#
+#   make demo      a real model answers questions about a document, on this machine's CPU
+#   make test      everything that CI runs
+#   make native    rebuild the extension after a change in csrc/
+#   make check     style: ruff, mypy, clang-format
 
-# Rebuild the extension in place after a change in csrc/ (needs the build requirements in $(PYTHON)'s environment).
-.PHONY: native
-native:
-	@mkdir -p build
-	@$(PYTHON) -m cmake -G Ninja -S . -B build/native -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \
-	  -DFASTSERVE_EMULATE_AVX512=$(if $(EMULATE),$(EMULATE),ON) > build/native.log 2>&1 || (cat build/native.log; exit 1)
-	@$(PYTHON) -m cmake --build build/native -j $(JOBS)
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= $(shell nproc)
+
+PY  := $(VENV)/bin/python
+MODEL := build/models/smollm2-135m
+CMAKE := $(PY) -m cmake
+SOURCES := $(shell find csrc third_party CMakeLists.txt -type f)
+CXX_FILES := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test native check format unit cpp-test sanitize clean
+
+demo: $(VENV)/.native $(MODEL)/config.json
+	$(PY) tools/demo.py $(MODEL)
+
+test: check cpp-test sanitize unit
+
+# --- environment and build ---
+
+$(VENV)/.env: pyproject.toml constraints.txt
+	@echo "== environment in $(VENV)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q -c constraints.txt "setuptools>=77" wheel cmake ninja pybind11 apache-tvm-ffi torch
+	@$(PY) tools/install_requirements.py
+	@touch $@
+
+# The tests run the AVX-512 kernels on machines without AVX-512, so the development build has them emulated too.
+$(VENV)/.native: $(VENV)/.env $(SOURCES) setup.py
+	@echo "== extension module"
+	@CMAKE_ARGS="-DFASTSERVE_EMULATE_AVX512=ON" $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+native: $(VENV)/.native
+
+$(MODEL)/config.json: | $(VENV)/.native
+	$(PY) tools/fetch_demo_model.py $(MODEL)
+
+# --- tests ---
+
+unit: $(VENV)/.native $(MODEL)/config.json
+	@echo "== pytest"
+	@$(PY) -m pytest
+
+cpp-test: $(VENV)/.env
+	@echo "== C++ tests"
+	@tools/ensure_googletest.sh
+	@$(CMAKE) -G Ninja -S . -B build/cpp -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_TESTS=ON > build/cpp.log || (cat build/cpp.log; exit 1)
+	@$(CMAKE) --build build/cpp -j $(JOBS) > build/cpp.log || (cat build/cpp.log; exit 1)
+	@ctest --test-dir build/cpp --output-on-failure -j $(JOBS) | tail -n 3
+
+# AddressSanitizer and UndefinedBehaviorSanitizer on all of them, ThreadSanitizer on the thread pool.
+sanitize: $(VENV)/.env
+	@echo "== C++ tests under ASan and UBSan, the thread pool under TSan"
+	@tools/ensure_googletest.sh
+	@$(call sanitized,asan,address$(comma)undefined,all)
+	@ctest --test-dir build/asan --output-on-failure -j $(JOBS) | tail -n 3
+	@$(call sanitized,tsan,thread,test_thread_pool)
+	@build/tsan/tests/cpp/test_thread_pool --gtest_brief=1
+
+comma := ,
+# sanitized FOLDER, SANITIZERS, TARGET
+define sanitized
+($(CMAKE) -G Ninja -S . -B build/$(1) -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DFASTSERVE_SANITIZE=$(2) \
+  -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_TESTS=ON && \
+  $(CMAKE) --build build/$(1) -j $(JOBS) --target $(3)) > build/$(1).log || (cat build/$(1).log; exit 1)
+endef
+
+format: $(VENV)/.env
+	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format -q .
+	@$(PY) -m clang_format -i $(CXX_FILES)
+
+check: $(VENV)/.env
+	@echo "== style"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+
+clean:
+	rm -rf build python/fastserve/_native*.so
