@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user of fastserve can meet. Each message says what was given, what is allowed and what to do."""
+"""The errors a user of fastserve can meet. Each says what was given, what is allowed and what to do."""
 
 
 class FastserveError(Exception):

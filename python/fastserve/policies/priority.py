@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lower `priority` first; first come, first served among equals.
+
+A steady stream of urgent requests can hold back the others for as long as it lasts: that is what was asked
+for.
+"""
+
+from typing import Any
+
+from fastserve.policies.fcfs import admit
+from fastserve.request import Request
+
+__all__ = ["admit", "order"]
+
+
+def order(request: Request) -> tuple[Any, ...]:
+    return (request.priority,)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One sequence on its way through the engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from fastserve.config import SamplingParams
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"  # holds no blocks; new, or preempted and to be recomputed
+    RUNNING = "running"  # holds blocks; every step computes some of its tokens
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """Prompt, output and progress of one sequence. Only the Scheduler changes it.
+
+    Progress is one number, `num_computed_tokens`: the KV of `token_ids[:num_computed_tokens]` is in
+    `block_ids`. A new prompt, a decode and a preempted request differ in nothing else.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_s: float = 0.0
+    priority: int = 0  # lower goes first under the priority policy
+    cache_salt: str = ""  # requests share cached prefixes only within one salt
+    seed: int = 0  # of the sampling noise, in [0, 2**64)
+
+    token_ids: list[int] = field(init=False)  # prompt + output
+    num_prompt_tokens: int = field(init=False)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens that were served from the cache instead of computed
+    block_ids: list[int] = field(default_factory=list)
+    tree_node: int | None = None  # handle of the last of its blocks that is in the prefix tree
+    num_tree_blocks: int = 0  # how many of its leading blocks are in the prefix tree
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None  # stop, length, abort, error
+    stop_reason: str | int | None = None  # the stop string or stop token id; None for EOS
+    num_preemptions: int = 0
+    queue_key: tuple[Any, ...] = ()  # its place in the policy's order: smaller goes first
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def must_go_on(self) -> bool:
+        """While true (`min_tokens` not reached) the sampler masks EOS and the request's stop token ids."""
+        return self.num_output_tokens < self.params.min_tokens
