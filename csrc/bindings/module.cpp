@@ -46,5 +46,6 @@ PYBIND11_MODULE(_native, m) {
       py::arg("name"), "Use another instruction set of isas(), for tests and measurements.");
 
   fs::bind_ops(m);
+  fs::bind_kv(m);
   fs::bind_plan(m);
 }
