@@ -90,9 +90,7 @@ class KvMachine(RuleBasedStateMachine):
         victims: list[Key] = []
         while len(victims) < wanted:
             leaves = [
-                key
-                for key, entry in self.cached.items()
-                if self.refs[entry.block] == 0 and not self.children(key)
+                key for key, entry in self.cached.items() if self.refs[entry.block] == 0 and not self.children(key)
             ]
             if not leaves:
                 break
