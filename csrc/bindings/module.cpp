@@ -47,5 +47,6 @@ PYBIND11_MODULE(_native, m) {
 
   fs::bind_ops(m);
   fs::bind_kv(m);
+  fs::bind_cuda(m);
   fs::bind_plan(m);
 }
