@@ -198,6 +198,13 @@ def test_header_past_the_end(tmp_path: Path, claim: int) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
+    path = raw_file(tmp_path / "model.safetensors", b"", claim=100_000_001)
+    os.truncate(path, 200_000_000)  # sparse: takes no space
+    with pytest.raises(ModelLoadError, match="the format allows 100000000"):
+        open_checkpoint(tmp_path)
+
+
 def test_truncated_at_every_byte(tmp_path: Path) -> None:
     save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
