@@ -12,14 +12,13 @@ JOBS   ?= $(shell nproc)
 PY  := $(VENV)/bin/python
 MODEL := build/models/smollm2-135m
 CMAKE := $(PY) -m cmake
-SOURCES := $(shell find csrc third_party CMakeLists.txt -type f)
-CXX_FILES := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test native check format unit cpp-test sanitize clean
 
-demo: $(VENV)/.native $(MODEL)/config.json
+demo: native $(MODEL)/config.json
 	$(PY) tools/demo.py $(MODEL)
 
 test: check cpp-test sanitize unit
@@ -33,20 +32,29 @@ $(VENV)/.env: pyproject.toml constraints.txt
 	@$(PY) tools/install_requirements.py
 	@touch $@
 
-# The tests run the AVX-512 kernels on machines without AVX-512, so the development build has them emulated too.
-$(VENV)/.native: $(VENV)/.env $(SOURCES) setup.py
-	@echo "== extension module"
-	@CMAKE_ARGS="-DFASTSERVE_EMULATE_AVX512=ON" $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+# One editable install puts the command `fastserve` and the package in reach; after that only `native` builds.
+$(VENV)/.installed: $(VENV)/.env
+	@CMAKE_ARGS="$(NATIVE_FLAGS)" $(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-native: $(VENV)/.native
+# Incremental. `make native PYTHON=/path/to/python` builds for an environment of your own, which must have the build
+# requirements. The tests run the AVX-512 kernels on machines without AVX-512, so they are built emulated as well.
+NATIVE_FLAGS := -DFASTSERVE_EMULATE_AVX512=ON
+ifeq ($(origin PYTHON),command line)
+native: NATIVE_PYTHON := $(PYTHON)
+else
+native: NATIVE_PYTHON := $(PY)
+native: $(VENV)/.installed
+endif
+native:
+	@CMAKE_ARGS="$(NATIVE_FLAGS)" $(NATIVE_PYTHON) setup.py -q build_ext --inplace
 
-$(MODEL)/config.json: | $(VENV)/.native
+$(MODEL)/config.json: | native
 	$(PY) tools/fetch_demo_model.py $(MODEL)
 
 # --- tests ---
 
-unit: $(VENV)/.native $(MODEL)/config.json
+unit: native $(MODEL)/config.json
 	@echo "== pytest"
 	@$(PY) -m pytest
 

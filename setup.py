@@ -21,7 +21,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build_tree = ROOT / "build" / f"wheel-{sys.implementation.cache_tag}"
+        build_tree = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         build_tree.mkdir(parents=True, exist_ok=True)
         cmake = [sys.executable, "-m", "cmake"]
         subprocess.run(
@@ -32,6 +32,7 @@ class CMakeBuild(build_ext):
                 *os.environ.get("CMAKE_ARGS", "").split(),
             ],
             check=True,
+            stdout=subprocess.DEVNULL,
         )  # fmt: skip
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.run([*cmake, "--build", str(build_tree), "-j", jobs], check=True)
