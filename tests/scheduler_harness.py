@@ -16,9 +16,7 @@ from naive_kv import NaiveBlockPool, NaivePrefixTree
 KvFactory = Callable[[int, int, bool], tuple[BlockPool, PrefixTree | None]]
 
 
-def naive_kv_cache(
-    num_blocks: int, block_size: int, prefix_caching: bool
-) -> tuple[BlockPool, PrefixTree | None]:
+def naive_kv_cache(num_blocks: int, block_size: int, prefix_caching: bool) -> tuple[BlockPool, PrefixTree | None]:
     pool = NaiveBlockPool(num_blocks)
     return pool, NaivePrefixTree(pool, block_size) if prefix_caching else None
 
@@ -43,9 +41,7 @@ class Harness:
     ) -> None:
         self.config = EngineConfig(**{"block_size": 4, "max_num_batched_tokens": 16, **config})  # type: ignore[arg-type]
         self.num_blocks = num_blocks
-        self.pool, self.tree = KV_FACTORIES[kv](
-            num_blocks, self.config.block_size, self.config.enable_prefix_caching
-        )
+        self.pool, self.tree = KV_FACTORIES[kv](num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.device = FakeDevice(num_blocks, self.config.block_size, vocab_size)
         self.policy = get_policy(self.config.policy)
         self.scheduler = Scheduler(
@@ -179,9 +175,7 @@ class Harness:
         given = {item.request.request_id: item.num_new_tokens for item in plan.items}
         for request in self.running:
             wanted = min(request.num_uncomputed_tokens, self.config.max_chunk_tokens or 10**9)
-            assert given[request.request_id] == wanted or available == 0, (
-                f"{request.request_id} could do more"
-            )
+            assert given[request.request_id] == wanted or available == 0, f"{request.request_id} could do more"
         if not self.waiting or len(self.running) == self.max_running:
             return
         first = self.waiting[0]

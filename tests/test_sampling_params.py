@@ -44,9 +44,7 @@ NUMBERS = ["presence_penalty", "frequency_penalty", "repetition_penalty", "tempe
 INTEGERS = ["n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"]
 FLAGS = ["ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"]
 BAD = [
-    *itertools.product(
-        NUMBERS, [math.nan, math.inf, -math.inf, -2.01, 1e30, 10**400, "1", None, True, [1], 1j]
-    ),
+    *itertools.product(NUMBERS, [math.nan, math.inf, -math.inf, -2.01, 1e30, 10**400, "1", None, True, [1], 1j]),
     *itertools.product(INTEGERS, [math.nan, math.inf, -(2**63) - 1, 2**63, 1.0, "1", True, [1]]),
     *itertools.product(["n", "max_tokens"], [0, -1]),
     *itertools.product(["top_k", "logprobs", "prompt_logprobs"], [-2, 2**31]),
@@ -103,13 +101,9 @@ def test_bad_values_are_refused_by_name(name, value):
 
 
 def test_message_says_what_was_given_and_what_is_allowed():
-    with pytest.raises(
-        InvalidRequest, match=r"top_p=1\.5 is not allowed: top_p must be a number in \(0, 1\]"
-    ):
+    with pytest.raises(InvalidRequest, match=r"top_p=1\.5 is not allowed: top_p must be a number in \(0, 1\]"):
         SamplingParams(top_p=1.5)
-    with pytest.raises(
-        InvalidRequest, match=r"stop\[1\]=0 is not allowed: .* a string of 1 to 256 characters"
-    ):
+    with pytest.raises(InvalidRequest, match=r"stop\[1\]=0 is not allowed: .* a string of 1 to 256 characters"):
         SamplingParams(stop=["a", 0])
 
 

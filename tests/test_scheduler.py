@@ -173,6 +173,20 @@ def test_the_last_request_is_preempted_and_recomputed(kv):
     assert h.scheduler.stats.num_preemptions == len(preempted)
 
 
+def test_a_prompt_without_memory_does_not_touch_a_decode_of_this_step(kv):
+    h = Harness(6, kv=kv, block_size=2, max_chunk_tokens=2, enable_prefix_caching=False)
+    prompt = h.add([1] * 9, request_id="prompt")
+    decode = h.add([2] * 2, params=ignoring_eos(8), request_id="decode")
+    for _ in range(3):
+        assert h.step().preempted == ()
+    plan = h.step()
+    assert shape(plan) == [("decode", 4, 1)]
+    assert plan.preempted == ("prompt",)
+    h.drain()
+    for request in (prompt, decode):
+        assert list(request.output_token_ids) == h.expected_output(request)
+
+
 def test_a_preempted_request_goes_before_those_that_wait(kv):
     h = Harness(6, kv=kv, block_size=2, max_num_batched_tokens=12)
     h.add([1, 2, 3, 4], params=ignoring_eos(8), request_id="a")
@@ -247,9 +261,7 @@ def stop_case(h, params):
     request = h.add([1, 2, 3], params=ignoring_eos(8))
     h.drain()
     expected = list(request.output_token_ids)
-    return expected, h.add(
-        [1, 2, 3], params=SamplingParams(max_tokens=8, ignore_eos=True, **params(expected))
-    )
+    return expected, h.add([1, 2, 3], params=SamplingParams(max_tokens=8, ignore_eos=True, **params(expected)))
 
 
 def test_eos_ends_with_stop_and_no_reason(kv):

@@ -27,9 +27,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         vocab_size=st.integers(2, 4),
         max_model_len=st.sampled_from([12, 1000]),
     )
-    def start(
-        self, num_blocks, block_size, budget, max_num_seqs, max_chunk_tokens, prefix_caching, policy, **more
-    ):
+    def start(self, num_blocks, block_size, budget, max_num_seqs, max_chunk_tokens, prefix_caching, policy, **more):
         self.harness = Harness(
             num_blocks,
             kv=self.kv,

@@ -60,9 +60,7 @@ class SchedulerStats:
     num_preemptions: int
 
 
-def new_kv_cache(
-    num_blocks: int, block_size: int, prefix_caching: bool
-) -> tuple[BlockPool, PrefixTree | None]:
+def new_kv_cache(num_blocks: int, block_size: int, prefix_caching: bool) -> tuple[BlockPool, PrefixTree | None]:
     """The native block pool, and its prefix tree if wanted."""
     from fastserve import _native  # type: ignore[attr-defined]
 
@@ -109,25 +107,26 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues `request`. `InvalidRequest`: it can never run. `QueueFull`: try again later."""
-        length = request.num_prompt_tokens
-        if length == 0:
-            raise InvalidRequest(f"{request.request_id!r}: the prompt is empty; one token is the least")
-        if length + 1 > self.max_len:
-            capacity = self._blocks.pool.num_blocks * self._blocks.block_size
-            raise InvalidRequest(
-                f"{request.request_id!r}: a prompt of {length} tokens and one output token need "
-                f"{length + 1} places; {self.max_len} are allowed (the KV cache holds {capacity} tokens)"
-            )
+        self.check_prompt(request.num_prompt_tokens)
         if request.request_id in self._requests:
             raise InvalidRequest(f"{request.request_id!r}: a request of this id exists; ids must be unique")
         if len(self._waiting) >= self._config.max_num_queued_requests:
-            raise QueueFull(
-                f"{len(self._waiting)} requests are waiting, as max_num_queued_requests allows; try later"
-            )
+            raise QueueFull(f"{len(self._waiting)} requests are waiting, as max_num_queued_requests allows; try later")
         request.queue_key = (*self._policy.order(request), self._num_added)
         self._num_added += 1
         self._requests[request.request_id] = request
         self._waiting.push(request)
+
+    def check_prompt(self, length: int) -> None:
+        """Raises `InvalidRequest` if a prompt of `length` tokens can never run."""
+        if length == 0:
+            raise InvalidRequest("the prompt is empty; one token is the least")
+        if length + 1 > self.max_len:
+            capacity = self._blocks.pool.num_blocks * self._blocks.block_size
+            raise InvalidRequest(
+                f"a prompt of {length} tokens and one output token need {length + 1} places; "
+                f"{self.max_len} are allowed (the KV cache holds {capacity} tokens)"
+            )
 
     def abort(self, request_id: str) -> bool:
         """Ends a request of this id, if there is one, with reason "abort"."""
