@@ -261,9 +261,10 @@ inline float reduce_max(vf x) {
   return lanes[0];
 }
 
-// 2^x, relative error below 3e-7 for x in [-126, 127]; smaller x gives 0, larger gives 2^127 * 2.
+// 2^x, relative error below 3e-7 for x in [-126, 127]; smaller x gives 2^-126, larger 2^127.5. NaN stays NaN:
+// of two operands, one of them NaN, max and min return the second.
 inline vf exp2(vf x) {
-  const vf clamped = min(max(x, set1(-126.0f)), set1(127.5f));
+  const vf clamped = min(set1(127.5f), max(set1(-126.0f), x));
   const vf n = min(round_even(clamped), set1(127.0f));
   const vf f = clamped - n;  // [-0.5, 0.5]
   // Taylor coefficients of 2^f = exp(f ln 2): ln2^k / k!

@@ -98,6 +98,33 @@ struct RopeKvWrite {
   }
 };
 
+struct Attention {
+  Tensor out, q, kv_cache, block_tables, items, merges, parts, workspace;
+  float scale;
+  int64_t span, window;
+  static constexpr OpInfo info{
+      "attention",
+      "out = softmax(scale * q k^T) v over each row's own KV tokens, the last `window` of them (0: all), by "
+      "the "
+      "items of an AttentionPlan made with the same span; rows that no item has are left alone",
+      "kv_cache"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&Attention::out, "out", "T Nq D", kActivations, Access::write).rows(),
+        tensor(&Attention::q, "q", "T Nq D", kActivations).rows(),
+        tensor(&Attention::kv_cache, "kv_cache", "NB 2 Nkv S D", kActivations),
+        tensor(&Attention::block_tables, "block_tables", "B MB", DType::i32),
+        tensor(&Attention::items, "items", "I 8", DType::i32),
+        tensor(&Attention::merges, "merges", "J 4", DType::i32),
+        tensor(&Attention::parts, "parts", "P", DType::i32),
+        tensor(&Attention::workspace, "workspace", "W", DType::f32, Access::write),
+        scalar(&Attention::scale, "scale"),
+        scalar(&Attention::span, "span"),
+        scalar(&Attention::window, "window"),
+    };
+  }
+};
+
 struct SiluMul {
   Tensor out, gate_up;
   static constexpr OpInfo info{"silu_mul", "out = silu(gate) * up, where gate_up = [gate | up]", "gate_up"};
@@ -110,6 +137,6 @@ struct SiluMul {
 };
 
 // All ops, in the order of `fastserve doctor --ops` and of the generated table.
-using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, RopeKvWrite, SiluMul>;
+using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, RopeKvWrite, Attention, SiluMul>;
 
 }  // namespace fs

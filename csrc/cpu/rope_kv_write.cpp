@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Rotary position embedding (Su et al. 2021; halves rotated as in GPT-NeoX), with an RMS norm of every query
+// and key head in front where the model has one (Qwen3), and the write of keys and values to the paged cache.
+// Bound: memory; each of q, k, v is read once.
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/kv_layout.h"
+#include "cpu/parallel.h"
+#include "cpu/weights.h"
+#include "ops/ops.h"
+
+namespace fs::FS_ISA {
+
+namespace {
+
+constexpr int64_t kTokensPerChunk = 16;
+
+// out = x / sqrt(mean(x^2) + eps) * weight
+void norm_head(float* out, const float* x, const float* weight, int64_t dim, float eps) {
+  const int64_t whole = dim - dim % kLanes;
+  vf squares = zero();
+  for (int64_t d = 0; d < whole; d += kLanes) squares = fma(load(x + d), load(x + d), squares);
+  float total = reduce_add(squares);
+  for (int64_t d = whole; d < dim; ++d) total += x[d] * x[d];
+  const float scale = 1.0f / std::sqrt(total / static_cast<float>(dim) + eps);
+  for (int64_t d = 0; d < whole; d += kLanes) store(out + d, load(x + d) * set1(scale) * load(weight + d));
+  for (int64_t d = whole; d < dim; ++d) out[d] = x[d] * scale * weight[d];
+}
+
+// (a, b) -> (a cos - b sin, b cos + a sin) with a and b the halves of x. out may be x.
+void rotate_head(float* out, const float* x, const float* cos_sin, int64_t dim) {
+  const int64_t half = dim / 2;
+  const float* cos = cos_sin;
+  const float* sin = cos_sin + half;
+  int64_t d = 0;
+  for (; d + kLanes <= half; d += kLanes) {
+    const vf a = load(x + d);
+    const vf b = load(x + half + d);
+    store(out + d, a * load(cos + d) - b * load(sin + d));
+    store(out + half + d, b * load(cos + d) + a * load(sin + d));
+  }
+  for (; d < half; ++d) {
+    const float a = x[d];
+    const float b = x[half + d];
+    out[d] = a * cos[d] - b * sin[d];
+    out[half + d] = b * cos[d] + a * sin[d];
+  }
+}
+
+void write_element(float* to, float x) {
+  *to = x;
+}
+void write_element(bf16* to, float x) {
+  *to = to_bf16(x);
+}
+
+template <class KV>
+void write_head(const KvCache<KV>& cache, int64_t slot, int64_t head, const float* key, const float* value) {
+  const int64_t block = slot / cache.block_size;
+  const int64_t offset = slot % cache.block_size;
+  KV* keys = cache.keys(block, head);
+  KV* values = cache.values(block, head);
+  for (int64_t d = 0; d < cache.head_dim; ++d) {
+    write_element(keys + key_index<KV>(offset, d, cache.block_size), key[d]);
+  }
+  for (int64_t d = 0; d < cache.head_dim; ++d) {
+    write_element(values + value_index<KV>(offset, d, cache.head_dim), value[d]);
+  }
+}
+
+void check(const RopeKvWrite& op) {
+  check_kv_cache(op.kv_cache, "rope_kv_write");
+  const int64_t max_position = op.cos_sin.shape[0];
+  const int64_t num_slots = op.kv_cache.shape[0] * op.kv_cache.shape[3];
+  const auto* positions = op.positions.ptr<const int32_t>();
+  const auto* slots = op.slot_mapping.ptr<const int32_t>();
+  for (int64_t t = 0; t < op.q.shape[0]; ++t) {
+    FS_CHECK(positions[t] >= 0 && positions[t] < max_position,
+             "rope_kv_write: positions[" << t << "] is " << positions[t] << "; cos_sin has " << max_position
+                                         << " positions");
+    FS_CHECK(slots[t] < num_slots, "rope_kv_write: slot_mapping[" << t << "] is " << slots[t]
+                                                                  << "; the cache has " << num_slots
+                                                                  << " slots");
+  }
+}
+
+// The norm weights as floats, or nullptr.
+const float* norm_weight(const Tensor& weight, float* buffer) {
+  if (!weight.defined()) return nullptr;
+  visit_weights(weight.dtype, [&](auto* tag) {
+    const auto* from = weight.ptr<std::remove_pointer_t<decltype(tag)>>();
+    for (int64_t d = 0; d < weight.shape[0]; ++d) buffer[d] = to_float(from[d]);
+  });
+  return buffer;
+}
+
+template <class KV>
+void rotate_and_write(const RopeKvWrite& op, const float* q_norm, const float* k_norm) {
+  const int64_t dim = op.q.shape[2];
+  const KvCache<KV> cache(op.kv_cache);
+  parallel_rows(op.q.shape[0], kTokensPerChunk, [&](int64_t begin, int64_t end, int) {
+    float head_row[kMaxHeadDim];
+    for (int64_t t = begin; t < end; ++t) {
+      const float* cos_sin = op.cos_sin.ptr<const float>() + op.positions.ptr<const int32_t>()[t] * dim;
+      for (int64_t head = 0; head < op.q.shape[1]; ++head) {
+        float* q = op.q.ptr<float>() + t * op.q.stride[0] + head * dim;
+        if (q_norm != nullptr) norm_head(q, q, q_norm, dim, op.eps);
+        rotate_head(q, q, cos_sin, dim);
+      }
+      const int64_t slot = op.slot_mapping.ptr<const int32_t>()[t];
+      if (slot < 0) continue;  // padding: nothing to keep
+      for (int64_t head = 0; head < cache.num_heads; ++head) {
+        const float* k = op.k.ptr<const float>() + t * op.k.stride[0] + head * dim;
+        const float* v = op.v.ptr<const float>() + t * op.v.stride[0] + head * dim;
+        if (k_norm != nullptr) norm_head(head_row, k, k_norm, dim, op.eps);
+        rotate_head(head_row, k_norm != nullptr ? head_row : k, cos_sin, dim);
+        write_head(cache, slot, head, head_row, v);
+      }
+    }
+  });
+}
+
+void rope_kv_write(const RopeKvWrite& op, const OpContext&) {
+  FS_CHECK(op.q.dtype == DType::f32 && op.k.dtype == DType::f32 && op.v.dtype == DType::f32,
+           "rope_kv_write: q, k and v are " << name_of(op.q.dtype) << ", " << name_of(op.k.dtype) << " and "
+                                            << name_of(op.v.dtype) << "; the cpu kernel takes float32");
+  check(op);
+  float q_buffer[kMaxHeadDim];
+  float k_buffer[kMaxHeadDim];
+  const float* q_norm = norm_weight(op.q_norm, q_buffer);
+  const float* k_norm = norm_weight(op.k_norm, k_buffer);
+  if (op.kv_cache.dtype == DType::f32) {
+    rotate_and_write<float>(op, q_norm, k_norm);
+  } else {
+    rotate_and_write<bf16>(op, q_norm, k_norm);
+  }
+}
+
+}  // namespace
+
+FS_REGISTER_CPU(RopeKvWrite, rope_kv_write, DType::f32 | DType::bf16)
+
+}  // namespace fs::FS_ISA

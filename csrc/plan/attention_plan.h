@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// AttentionPlan: one step's attention as a list of work items. Made once per step on the host, used by every
+// layer. Integers only.
+//
+// An item is: some query rows x a range of KV tokens x one causal offset. A prefill chunk, a decode and a
+// piece of a long context differ only in their numbers. The kernel runs every item once per KV head.
+//
+// Same results for every plan: KV is cut into spans, whole multiples of `span` tokens counted from position
+// 0. The kernel computes the partial (maximum, sum, output) of each span from nothing and folds the partials
+// from left to right with one fixed arithmetic. So it makes no difference to a single bit whether one item
+// walks all spans of a row or several items share them; the plan is free to cut for balance.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace fs {
+
+// One row of the `items` tensor that the attention op takes.
+struct AttentionItem {
+  int32_t row_begin;  // first query row (token) in the step's flat batch
+  int32_t num_rows;
+  int32_t kv_begin;  // KV tokens [kv_begin, kv_end) of `request`
+  int32_t kv_end;
+  int32_t position;   // row i of the item sees KV tokens up to and including position + i
+  int32_t request;    // row of the block table
+  int32_t slot;       // first workspace slot, or -1: no other item has these rows, write the output
+  int32_t num_parts;  // 0: write the output; 1: the folded partial of all spans in [kv_begin, kv_end), legal
+                      // only where the fold of these rows begins; else one partial for each of the spans.
+                      // Part p of row i lies in slot + p * num_rows + i.
+};
+inline constexpr int kItemFields = 8;
+static_assert(sizeof(AttentionItem) == kItemFields * sizeof(int32_t));
+
+// One row of the `merges` tensor: output rows that are the fold of several partials.
+struct AttentionMerge {
+  int32_t row_begin;
+  int32_t num_rows;
+  int32_t parts_begin;  // parts[parts_begin, parts_end): slot of the first row's partials, in fold order; the
+  int32_t parts_end;    // partial of row i lies i slots further
+};
+inline constexpr int kMergeFields = 4;
+static_assert(sizeof(AttentionMerge) == kMergeFields * sizeof(int32_t));
+
+struct AttentionPlanOptions {
+  int block_size = 0;    // tokens of a KV block
+  int span = 0;          // tokens; a multiple of block_size
+  int group_size = 1;    // query heads per KV head
+  int num_kv_heads = 1;  // each item is this many units of work
+  int window = 0;        // a row sees its last `window` tokens, itself included; 0: all
+  int rows_per_item =
+      48;               // packed rows (tokens * group_size) that an item holds at most, but at least a token
+  int num_workers = 1;  // threads or multiprocessors that should have work at the same time
+};
+
+class AttentionPlan {
+ public:
+  // Request b has the rows [query_start[b], query_start[b + 1]), the last ones of its seq_lens[b] tokens.
+  // query_start has one entry more than seq_lens. Throws fs::Error with the values on any other input.
+  AttentionPlan(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens,
+                const AttentionPlanOptions& options);
+
+  const std::vector<AttentionItem>& items() const { return items_; }  // the most work first
+  const std::vector<AttentionMerge>& merges() const { return merges_; }
+  const std::vector<int32_t>& parts() const { return parts_; }
+  int64_t num_slots() const { return num_slots_; }  // each for one row: output, maximum and sum of all heads
+  int64_t workspace_floats(int64_t num_heads, int64_t head_dim) const {
+    return num_slots_ * num_heads * (head_dim + 2);
+  }
+  const AttentionPlanOptions& options() const { return options_; }
+
+ private:
+  void check(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens) const;
+  void cut(const AttentionItem& whole, int64_t max_cost);
+  int64_t cost(const AttentionItem& item) const;
+  void sort_by_cost();
+
+  AttentionPlanOptions options_;
+  std::vector<AttentionItem> items_;
+  std::vector<AttentionMerge> merges_;
+  std::vector<int32_t> parts_;
+  int64_t num_slots_ = 0;
+};
+
+}  // namespace fs

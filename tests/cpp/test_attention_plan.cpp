@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "plan/attention_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+
+namespace fs {
+namespace {
+
+struct Step {
+  std::vector<int32_t> query_start{0};
+  std::vector<int32_t> seq_lens;
+  AttentionPlanOptions options;
+
+  void add(int32_t num_rows, int32_t seq_len) {
+    query_start.push_back(query_start.back() + num_rows);
+    seq_lens.push_back(seq_len);
+  }
+  AttentionPlan plan() const { return AttentionPlan(query_start, seq_lens, options); }
+};
+
+AttentionPlanOptions options_of(int block_size, int span, int group_size = 1, int num_kv_heads = 1) {
+  AttentionPlanOptions options;
+  options.block_size = block_size;
+  options.span = span;
+  options.group_size = group_size;
+  options.num_kv_heads = num_kv_heads;
+  return options;
+}
+
+int pick(std::mt19937& random, int low, int high) {
+  return std::uniform_int_distribution<int>(low, high)(random);
+}
+
+Step random_step(uint32_t seed) {
+  std::mt19937 random(seed);
+  Step step;
+  const int block_size = 16 * pick(random, 1, 3);
+  step.options =
+      options_of(block_size, block_size * pick(random, 1, 4), pick(random, 1, 9), pick(random, 1, 4));
+  step.options.window = pick(random, 0, 1) == 0 ? 0 : pick(random, 1, 200);
+  step.options.rows_per_item = pick(random, 1, 64);
+  step.options.num_workers = pick(random, 1, 32);
+  const int num_requests = pick(random, 0, 7);
+  for (int b = 0; b < num_requests; ++b) {
+    const int num_rows = pick(random, 0, 2) == 0 ? 1 : pick(random, 0, 70);
+    step.add(num_rows, num_rows + pick(random, 0, 500));
+  }
+  return step;
+}
+
+// The key tokens that row i of an item reads: what it sees of the item's range.
+std::pair<int32_t, int32_t> keys_read(const AttentionItem& item, int32_t i, int32_t window) {
+  const int32_t last = item.position + i;
+  const int32_t begin = window == 0 ? 0 : std::max(0, last - window + 1);
+  return {std::max(item.kv_begin, begin), std::min(item.kv_end, last + 1)};
+}
+
+class RandomStep : public testing::TestWithParam<uint32_t> {};
+
+TEST_P(RandomStep, CoversEveryVisiblePairOnce) {
+  const Step step = random_step(GetParam());
+  const AttentionPlan plan = step.plan();
+  std::map<std::pair<int32_t, int32_t>, int> reads;
+  for (const AttentionItem& item : plan.items()) {
+    ASSERT_GE(item.request, 0);
+    ASSERT_LT(item.request, static_cast<int32_t>(step.seq_lens.size()));
+    const auto b = static_cast<size_t>(item.request);
+    ASSERT_GE(item.row_begin, step.query_start[b]);
+    ASSERT_GE(item.num_rows, 1);
+    ASSERT_LE(item.row_begin + item.num_rows, step.query_start[b + 1]);
+    ASSERT_LT(item.kv_begin, item.kv_end);
+    ASSERT_LE(item.kv_end, step.seq_lens[b]);
+    ASSERT_EQ(item.position, step.seq_lens[b] - (step.query_start[b + 1] - item.row_begin));
+    ASSERT_LE((item.num_rows - 1) * step.options.group_size, step.options.rows_per_item);
+    for (int32_t i = 0; i < item.num_rows; ++i) {
+      const auto [begin, end] = keys_read(item, i, step.options.window);
+      for (int32_t key = begin; key < end; ++key) ++reads[{item.row_begin + i, key}];
+    }
+  }
+  size_t num_visible = 0;
+  for (size_t b = 0; b < step.seq_lens.size(); ++b) {
+    for (int32_t row = step.query_start[b]; row < step.query_start[b + 1]; ++row) {
+      const int32_t last = step.seq_lens[b] - (step.query_start[b + 1] - row);
+      const int32_t first = step.options.window == 0 ? 0 : std::max(0, last - step.options.window + 1);
+      for (int32_t key = first; key <= last; ++key, ++num_visible) {
+        const auto found = reads.find({row, key});
+        ASSERT_TRUE(found != reads.end() && found->second == 1) << "row " << row << " key " << key;
+      }
+    }
+  }
+  EXPECT_EQ(reads.size(), num_visible);
+}
+
+TEST_P(RandomStep, StoresEachPartialOnceAndMergesInOrder) {
+  const Step step = random_step(GetParam());
+  const AttentionPlan plan = step.plan();
+  const int32_t span = step.options.span;
+  struct Part {
+    int32_t row, kv_begin, kv_end;
+  };
+  std::map<int32_t, Part> written;  // slot -> what it holds
+  std::map<int32_t, int> outputs;   // row -> writers of its output
+  for (const AttentionItem& item : plan.items()) {
+    const int32_t first_span = item.kv_begin / span;
+    const int32_t num_spans = (item.kv_end + span - 1) / span - first_span;
+    if (item.num_parts == 0) {
+      EXPECT_EQ(item.slot, -1);
+      for (int32_t i = 0; i < item.num_rows; ++i) ++outputs[item.row_begin + i];
+      continue;
+    }
+    ASSERT_TRUE(item.num_parts == 1 || item.num_parts == num_spans);
+    for (int32_t part = 0; part < item.num_parts; ++part) {
+      const bool is_last = part + 1 == item.num_parts;
+      for (int32_t i = 0; i < item.num_rows; ++i) {
+        const Part holds{item.row_begin + i, part == 0 ? item.kv_begin : (first_span + part) * span,
+                         is_last ? item.kv_end : (first_span + part + 1) * span};
+        ASSERT_TRUE(written.emplace(item.slot + part * item.num_rows + i, holds).second);
+      }
+    }
+  }
+  ASSERT_EQ(static_cast<int64_t>(written.size()), plan.num_slots());
+  if (!written.empty()) {
+    EXPECT_EQ(written.begin()->first, 0);
+    EXPECT_EQ(written.rbegin()->first, plan.num_slots() - 1);
+  }
+
+  std::map<int32_t, int> merged;
+  int32_t next_part = 0;
+  for (const AttentionMerge& merge : plan.merges()) {
+    EXPECT_EQ(merge.parts_begin, next_part);
+    ASSERT_GT(merge.parts_end, merge.parts_begin + 1);
+    next_part = merge.parts_end;
+    for (int32_t i = 0; i < merge.num_rows; ++i) {
+      ++outputs[merge.row_begin + i];
+      for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
+        const int32_t slot = plan.parts()[static_cast<size_t>(p)] + i;
+        ++merged[slot];
+        const Part& part = written.at(slot);
+        EXPECT_EQ(part.row, merge.row_begin + i);
+        if (p == merge.parts_begin) continue;
+        // Every part but the first is one whole span, right after the part before it.
+        const Part& before = written.at(plan.parts()[static_cast<size_t>(p) - 1] + i);
+        EXPECT_EQ(part.kv_begin, before.kv_end);
+        EXPECT_EQ(part.kv_begin % span, 0);
+        EXPECT_LE(part.kv_end - part.kv_begin, span);
+      }
+    }
+  }
+  EXPECT_EQ(next_part, static_cast<int32_t>(plan.parts().size()));
+  EXPECT_EQ(merged.size(), written.size());
+  for (const auto& [slot, times] : merged) EXPECT_EQ(times, 1) << "slot " << slot;
+  EXPECT_EQ(static_cast<int32_t>(outputs.size()), step.query_start.back());
+  for (const auto& [row, times] : outputs) EXPECT_EQ(times, 1) << "row " << row;
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, RandomStep, testing::Range(0u, 200u));
+
+TEST(AttentionPlan, EmptyStep) {
+  Step step;
+  step.options = options_of(16, 64);
+  EXPECT_TRUE(step.plan().items().empty());
+  step.add(0, 10);
+  EXPECT_TRUE(step.plan().items().empty());
+  EXPECT_EQ(step.plan().workspace_floats(4, 64), 0);
+}
+
+TEST(AttentionPlan, MostWorkFirst) {
+  Step step;
+  step.options = options_of(16, 512, 3, 3);
+  for (int32_t length : {10, 500, 20, 300}) step.add(1, length);
+  step.add(16, 200);
+  const AttentionPlan plan = step.plan();
+  std::vector<int32_t> requests;
+  for (const AttentionItem& item : plan.items()) requests.push_back(item.request);
+  EXPECT_EQ(requests, (std::vector<int32_t>{4, 1, 3, 2, 0}));
+}
+
+TEST(AttentionPlan, CutsOneLongContextForAllWorkers) {
+  Step step;
+  step.options = options_of(32, 512, 3, 3);
+  step.options.num_workers = 2;
+  step.add(1, 8192);
+  const AttentionPlan plan = step.plan();
+  EXPECT_GE(plan.items().size() * 3, 8u);
+  EXPECT_EQ(plan.merges().size(), 1u);
+  EXPECT_EQ(plan.workspace_floats(9, 64), plan.num_slots() * 9 * 66);
+}
+
+TEST(AttentionPlan, LeavesEvenBatchesWhole) {
+  Step step;
+  step.options = options_of(32, 512, 3, 3);
+  step.options.num_workers = 2;
+  for (int b = 0; b < 64; ++b) step.add(1, 4096 + b);
+  const AttentionPlan plan = step.plan();
+  EXPECT_EQ(plan.items().size(), 64u);
+  EXPECT_EQ(plan.num_slots(), 0);
+}
+
+TEST(AttentionPlan, RefusesWhatDoesNotFit) {
+  const auto message = [](const Step& step) -> std::string {
+    try {
+      step.plan();
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  Step step;
+  step.options = options_of(16, 40);
+  EXPECT_EQ(message(step), "attention plan: span is 40; must be a multiple of the block size 16");
+  step.options = options_of(16, 32);
+  step.add(5, 4);
+  EXPECT_EQ(message(step), "attention plan: request 0 has 5 query rows and only 4 tokens");
+  step.seq_lens = {5, 6};
+  EXPECT_NE(message(step).find("query_start has 2 entries for 2 requests"), std::string::npos);
+  step.query_start = {0, 5, 3};
+  EXPECT_NE(message(step).find("query_start[2] is 3, less than 5"), std::string::npos);
+  step.query_start = {1, 5, 6};
+  EXPECT_NE(message(step).find("query_start[0] is 1"), std::string::npos);
+  step.query_start = {0, 1, 2};
+  step.options.window = -1;
+  EXPECT_NE(message(step).find("window is -1"), std::string::npos);
+  step.options.window = 0;
+  step.options.group_size = 0;
+  EXPECT_NE(message(step).find("group_size is 0"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace fs
