@@ -3,7 +3,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 from fake_device import FakeDevice, generate_alone
 from fastserve.config import EngineConfig, SamplingParams
@@ -21,12 +20,7 @@ def naive_kv_cache(num_blocks: int, block_size: int, prefix_caching: bool) -> tu
     return pool, NaivePrefixTree(pool, block_size) if prefix_caching else None
 
 
-KV_FACTORIES: dict[str, KvFactory] = {"naive": naive_kv_cache}
-if find_spec("fastserve._native"):
-    from fastserve import _native
-
-    if hasattr(_native, "PrefixTree"):
-        KV_FACTORIES["native"] = new_kv_cache
+KV_FACTORIES: dict[str, KvFactory] = {"native": new_kv_cache, "naive": naive_kv_cache}
 
 
 class Harness:
@@ -34,7 +28,7 @@ class Harness:
         self,
         num_blocks: int = 16,
         *,
-        kv: str = "naive",
+        kv: str = "native",
         max_model_len: int = 1000,
         vocab_size: int = 7,
         **config: object,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 DELTA, CUMULATIVE, FINAL = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY
 
 
-def make_engine(script, *, kv="naive", **config):
+def make_engine(script, *, kv="native", **config):
     from fastserve.engine.scheduler import Scheduler
     from fastserve.policies import fcfs
     from scheduler_harness import KV_FACTORIES

@@ -89,6 +89,16 @@ def test_a_fully_cached_prompt_still_computes_its_last_block(kv):
     h.drain()
 
 
+def test_no_more_requests_run_than_the_budget_has_tokens(kv):
+    h = Harness(64, kv=kv, max_num_batched_tokens=3, max_num_seqs=100)
+    for i in range(8):
+        h.add([i] * 5, params=ignoring_eos(9))
+    while h.scheduler.num_running < 3:
+        h.step()
+    assert len(h.step().items) == 3
+    h.drain()
+
+
 def test_requests_of_one_step_share_what_it_computes(kv):
     h = Harness(64, kv=kv, block_size=4, max_num_batched_tokens=64)
     prompt = list(range(1, 15))
@@ -327,9 +337,9 @@ def test_an_aborted_id_can_be_used_again(kv):
 
 def test_a_failed_step_ends_its_requests_and_leaves_no_trace(kv):
     h = Harness(64, kv=kv, block_size=4, max_num_batched_tokens=32, max_num_seqs=3)
-    prompt = list(range(1, 12))
-    failing = [h.add(prompt, seed=i) for i in range(3)]
-    outside = h.add(prompt, seed=9)
+    prompt = list(range(1, 9))
+    failing = [h.add(prompt + [i] * 5, seed=i) for i in range(3)]  # each adds a block below the shared ones
+    outside = h.add(prompt + [0] * 5, seed=9)
     h.step(error=RuntimeError("boom"))
     assert [r.finish_reason for r in failing] == ["error"] * 3
     assert h.pool.num_free == h.num_blocks, "nothing that was not computed may stay cached"

@@ -93,7 +93,6 @@ class Scheduler:
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._policy = policy
-        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)  # one token for each
         self._max_chunk = config.max_chunk_tokens or config.max_num_batched_tokens
         self._blocks = BlockTables(pool, tree, config.block_size)
         self._requests: dict[str, Request] = {}
@@ -228,7 +227,7 @@ class Scheduler:
         assert self._in_flight is None
         keys = [_queue_key(request) for request in self._running]
         assert keys == sorted(keys), f"running requests out of order: {keys}"
-        assert len(self._running) <= self._max_running
+        assert len(self._running) <= min(self._config.max_num_seqs, self._config.max_num_batched_tokens)
         assert len(self._running) + len(self._waiting) == len(self._requests)
         for request in self._requests.values():
             assert request.num_uncomputed_tokens >= 1, request
@@ -268,9 +267,13 @@ class Scheduler:
         self._waiting.push(request)
 
     def _admit(self) -> Request | None:
-        """Starts the first waiting request, if there is one, a place for it, and the policy agrees."""
+        """Starts the first waiting request, if there is one, a place for it, and the policy agrees.
+
+        The budget is not empty then although every running request has got a token, so that the running requests can
+        never outnumber the tokens of a step.
+        """
         crowded = bool(self._running) and self._blocks.num_available == 0
-        if not self._waiting or len(self._running) >= self._max_running or crowded:
+        if not self._waiting or len(self._running) >= self._config.max_num_seqs or crowded:
             return None
         request = self._waiting.first()
         spared = self._blocks.adopt_prefix(request)
