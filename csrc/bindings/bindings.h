@@ -7,9 +7,10 @@
 
 namespace fs {
 
-void bind_ops(pybind11::module_& module);   // ops and their table
-void bind_cuda(pybind11::module_& module);  // the CUDA devices
-void bind_kv(pybind11::module_& module);    // BlockPool, PrefixTree
-void bind_plan(pybind11::module_& module);  // AttentionPlan
+void bind_ops(pybind11::module_& module);     // ops and their table
+void bind_cuda(pybind11::module_& module);    // the CUDA devices
+void bind_kv(pybind11::module_& module);      // BlockPool, PrefixTree
+void bind_plan(pybind11::module_& module);    // AttentionPlan
+void bind_linear(pybind11::module_& module);  // sizes that `linear` needs
 
 }  // namespace fs

@@ -127,8 +127,7 @@ void add_op(py::module_& ops) {
   ops.attr(Op::info.name) = py::reinterpret_steal<py::object>(function);
 }
 
-// One row of the support table: {"op": ..., "meaning": ..., "variant": ..., "cpu": {isa: dtypes}, "cuda":
-// dtypes}
+// One row of the support table: {"op", "meaning", "variant", "cpu": {isa: dtypes}, "cuda": dtypes, "args"}
 template <class Op>
 py::dict describe_op() {
   py::dict row;
@@ -143,7 +142,17 @@ py::dict describe_op() {
   row["cpu"] = cpu;
   row["cuda"] = to_string(Slot<Op>::cuda.variants);
   py::list args;
-  for (const ArgSpec& spec : OpTraits<Op>::specs()) args.append(spec.name);
+  for (const ArgSpec& spec : OpTraits<Op>::specs()) {
+    py::dict arg;
+    arg["name"] = spec.name;
+    arg["shape"] = spec.shape;  // None for a number
+    arg["dtypes"] = to_string(spec.dtypes);
+    arg["access"] = spec.access == Access::read ? "read" : spec.access == Access::write ? "write" : "update";
+    arg["optional"] = spec.optional;
+    arg["strided"] = spec.strided;
+    arg["activation"] = spec.activation;
+    args.append(arg);
+  }
   row["args"] = args;
   return row;
 }

@@ -55,6 +55,7 @@ void ShapeRules::check(std::span<const Tensor* const> tensors) const {
   int64_t bound[kMaxSymbols];
   std::fill_n(bound, symbols_.size(), -1);
   const Tensor* first = nullptr;
+  const Tensor* activation = nullptr;
 
   for (size_t i = 0; i < rules_.size(); ++i) {
     const Rule& rule = rules_[i];
@@ -68,6 +69,14 @@ void ShapeRules::check(std::span<const Tensor* const> tensors) const {
       fail(i, t, "is on another device than " + describe(*first));
     }
     if (!rule.spec.dtypes.contains(t.dtype)) fail(i, t, "has the wrong dtype");
+    if (rule.spec.activation) {
+      if (t.device == Device::cpu && t.dtype != DType::f32) fail(i, t, "must be float32 on the CPU");
+      if (activation == nullptr) activation = &t;
+      if (t.dtype != activation->dtype) {
+        fail(i, t,
+             std::string("has another dtype than the other activations: ") + name_of(activation->dtype));
+      }
+    }
     if (t.ndim != static_cast<int>(rule.dims.size())) fail(i, t, "has the wrong number of dimensions");
 
     for (int d = 0; d < t.ndim; ++d) {

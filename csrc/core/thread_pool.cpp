@@ -40,6 +40,10 @@ void pause() {
 #endif
 }
 
+void check_num_threads(int num_threads) {
+  FS_CHECK(num_threads >= 1 && num_threads <= 256, "num_threads is " << num_threads << "; allowed: 1 to 256");
+}
+
 // Spins until done() or about 50 us passed; returns done().
 template <class Done>
 bool spin_until(const Done& done) {
@@ -56,7 +60,7 @@ bool spin_until(const Done& done) {
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads) {
-  FS_CHECK(num_threads >= 1 && num_threads <= 256, "num_threads is " << num_threads << "; allowed: 1 to 256");
+  check_num_threads(num_threads);
   for (int worker = 1; worker < num_threads; ++worker) {
     workers_.emplace_back([this, worker] { worker_main(worker); });
   }
@@ -180,6 +184,7 @@ ThreadPool& pool() {
 }
 
 void set_num_threads(int num_threads) {
+  check_num_threads(num_threads);  // before the old pool is given up
   const std::scoped_lock lock(pool_mutex());
   auto& slot = pool_slot();
   if (slot && slot->num_threads() == num_threads) return;

@@ -13,14 +13,13 @@
 namespace fs {
 
 inline constexpr DTypes kWeights = DType::f32 | DType::bf16 | DType::f16;
-inline constexpr DTypes kActivations = DType::f32 | DType::bf16 | DType::f16;
 
 struct Embedding {
   Tensor out, token_ids, weight;
   static constexpr OpInfo info{"embedding", "out[t] = weight[token_ids[t]]", "weight"};
   static constexpr auto args() {
     return std::tuple{
-        tensor(&Embedding::out, "out", "T H", kActivations, Access::write),
+        activation(&Embedding::out, "out", "T H", Access::write),
         tensor(&Embedding::token_ids, "token_ids", "T", DType::i32),
         tensor(&Embedding::weight, "weight", "V H", kWeights),
     };
@@ -36,9 +35,9 @@ struct RmsNorm {
       "x"};
   static constexpr auto args() {
     return std::tuple{
-        tensor(&RmsNorm::out, "out", "T H", kActivations, Access::write),
-        tensor(&RmsNorm::x, "x", "T H", kActivations).rows(),
-        tensor(&RmsNorm::residual, "residual", "T H", kActivations, Access::update).maybe(),
+        activation(&RmsNorm::out, "out", "T H", Access::write),
+        activation(&RmsNorm::x, "x", "T H").rows(),
+        activation(&RmsNorm::residual, "residual", "T H", Access::update).maybe(),
         tensor(&RmsNorm::weight, "weight", "H", kWeights),
         scalar(&RmsNorm::eps, "eps"),
     };
@@ -65,8 +64,8 @@ struct Linear {
                                "packed"};
   static constexpr auto args() {
     return std::tuple{
-        tensor(&Linear::out, "out", "M N", kActivations, Access::write).rows(),
-        tensor(&Linear::x, "x", "M K", kActivations).rows(),
+        activation(&Linear::out, "out", "M N", Access::write).rows(),
+        activation(&Linear::x, "x", "M K").rows(),
         tensor(&Linear::packed, "packed", "P Kp 32", kWeights),
         tensor(&Linear::bias, "bias", "N", DType::f32).maybe(),
         tensor(&Linear::workspace, "workspace", "W", DType::u8, Access::write),
@@ -84,9 +83,9 @@ struct RopeKvWrite {
                                "kv_cache"};
   static constexpr auto args() {
     return std::tuple{
-        tensor(&RopeKvWrite::q, "q", "T Nq D", kActivations, Access::update).rows(),
-        tensor(&RopeKvWrite::k, "k", "T Nkv D", kActivations).rows(),
-        tensor(&RopeKvWrite::v, "v", "T Nkv D", kActivations).rows(),
+        activation(&RopeKvWrite::q, "q", "T Nq D", Access::update).rows(),
+        activation(&RopeKvWrite::k, "k", "T Nkv D").rows(),
+        activation(&RopeKvWrite::v, "v", "T Nkv D").rows(),
         tensor(&RopeKvWrite::positions, "positions", "T", DType::i32),
         tensor(&RopeKvWrite::slot_mapping, "slot_mapping", "T", DType::i32),
         tensor(&RopeKvWrite::cos_sin, "cos_sin", "MaxPos D", DType::f32),
@@ -130,8 +129,8 @@ struct SiluMul {
   static constexpr OpInfo info{"silu_mul", "out = silu(gate) * up, where gate_up = [gate | up]", "gate_up"};
   static constexpr auto args() {
     return std::tuple{
-        tensor(&SiluMul::out, "out", "T I", kActivations, Access::write),
-        tensor(&SiluMul::gate_up, "gate_up", "T 2*I", kActivations).rows(),
+        activation(&SiluMul::out, "out", "T I", Access::write),
+        activation(&SiluMul::gate_up, "gate_up", "T 2*I").rows(),
     };
   }
 };
