@@ -4,8 +4,11 @@
 import pytest
 from fake_device import generate_alone
 from fastserve.config import SamplingParams
+from fastserve.engine.waiting import WaitingQueue
 from fastserve.errors import InvalidRequest, QueueFull
-from fastserve.request import RequestStatus
+from fastserve.request import Request, RequestStatus
+from hypothesis import given
+from hypothesis import strategies as st
 from scheduler_harness import KV_FACTORIES, Harness
 
 
@@ -298,6 +301,13 @@ def test_min_tokens_holds_back_every_stop_token(kv):
     assert not request.must_go_on
 
 
+def test_min_tokens_holds_back_eos(kv):
+    h = Harness(64, kv=kv, vocab_size=1)  # this device says nothing but EOS
+    request = h.add([0], params=SamplingParams(max_tokens=9, min_tokens=4))
+    h.drain()
+    assert (request.finish_reason, request.num_output_tokens) == ("stop", 4)
+
+
 def test_max_tokens_ends_with_length(kv):
     h = Harness(64, kv=kv)
     request = h.add([1, 2], params=ignoring_eos(3))
@@ -319,6 +329,41 @@ def test_abort_in_every_state(kv):
         h.scheduler.check()
     assert h.pool.num_used == 0
     assert not h.scheduler.has_work()
+
+
+def test_plans_tell_the_runner_whom_to_forget(kv):
+    h = Harness(64, kv=kv, max_num_seqs=2)
+    for request_id, max_tokens in [("one", 1), ("two", 2), ("stays", 9), ("never ran", 9)]:
+        h.add([1], params=ignoring_eos(max_tokens), request_id=request_id)
+    assert h.step().finished == ()
+    h.scheduler.abort("never ran")
+    assert h.step().finished == ("one",)
+    assert h.step().finished == ("two",)
+    h.scheduler.abort("stays")
+    assert h.step().items == ()
+    h.add([1], params=ignoring_eos(1), request_id="stays")
+    assert h.step().finished == ("stays",)
+    assert h.step().items == ()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["push", "pop", "remove", "first"]), st.integers(0, 99)), max_size=200))
+def test_waiting_queue_is_a_sorted_list_with_removal(operations):
+    queue, model, count = WaitingQueue(), [], 0
+    for name, number in operations:
+        if name == "push":
+            request = Request(f"{number % 7}-{count}", [1], SamplingParams(), queue_key=(number, count))
+            queue.push(request)
+            model = sorted([*model, request], key=lambda r: r.queue_key)
+            count += 1
+        elif model and name == "pop":
+            assert queue.pop() is model.pop(0)
+        elif model and name == "first":
+            assert queue.first() is model[0]
+        elif model:
+            queue.remove(model.pop(number % len(model)))
+        assert len(queue) == len(model)
+        assert len(queue._heap) <= 2 * len(model) + 17, "what was removed may not pile up"
+    assert [queue.pop() for _ in range(len(queue))] == model
 
 
 def test_an_aborted_id_can_be_used_again(kv):

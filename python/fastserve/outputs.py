@@ -60,6 +60,10 @@ class RequestOutput:
     error: BaseException | None = None  # the cause when a completion's finish_reason is "error"
 
 
+NOT_A_NUMBER = -1  # the token_id of a row whose logits hold NaN or +infinity
+NOTHING_ALLOWED = -2  # the token_id of a row in which every token is masked
+
+
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     """What the runner returns for one item of a step.
@@ -69,7 +73,7 @@ class SampledToken:
     token.
     """
 
-    token_id: int | None  # None: the item samples nothing and only `prompt` counts
+    token_id: int | None  # None: nothing was sampled, only `prompt` counts; below 0: see above
     logprob: float | None = None
     rank: int | None = None
     top: Sequence[tuple[int, float, int]] = ()

@@ -9,12 +9,16 @@ from typing import Protocol
 from fastserve.config import EngineConfig, SamplingParams
 from fastserve.engine.output_processor import MakeDetokenizer, OutputProcessor, Tokenizer
 from fastserve.engine.scheduler import Scheduler, SchedulerStats, StepItem, StepPlan
-from fastserve.errors import InvalidRequest
-from fastserve.outputs import RequestOutput, SampledToken
+from fastserve.errors import FastserveError, InvalidRequest
+from fastserve.outputs import NOT_A_NUMBER, NOTHING_ALLOWED, RequestOutput, SampledToken
 from fastserve.policies import get_policy
 from fastserve.request import Request
 
 MAX_CACHE_SALT_CHARS = 256
+_SAMPLING_FAILURES = {
+    NOT_A_NUMBER: "the model's logits hold NaN or infinity",
+    NOTHING_ALLOWED: "the parameters of the request allow no token",
+}
 
 
 class Runner(Protocol):
@@ -182,7 +186,8 @@ class Engine:
         request, token_id = item.request, result.token_id
         try:
             if token_id is not None and not 0 <= token_id < self._runner.vocab_size:
-                raise ValueError(f"sampled token {token_id} is outside the vocabulary")
+                cause = _SAMPLING_FAILURES.get(token_id, "it is outside the vocabulary")
+                raise FastserveError(f"no token could be sampled (id {token_id}): {cause}")
             stop = self._outputs.push(item, result)
         except Exception as error:
             self._scheduler.finish(request, "error")

@@ -43,6 +43,7 @@ class StepPlan:
     preempted: tuple[str, ...]  # ids of requests that lost their blocks for this step and wait again
     num_tokens: int
     step_id: int
+    finished: tuple[str, ...] = ()  # ids of requests that ran and have ended since the last step: forget their state
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[Request] = []  # sorted by queue_key: the last one is the first to be preempted
         self._in_flight: tuple[StepPlan, list[Insertion]] | None = None
+        self._ended: list[str] = []
         self._num_added = self._num_steps = self._num_preemptions = 0
         self._num_computed_tokens = self._num_cached_tokens = self._peak_used_blocks = 0
 
@@ -293,11 +295,14 @@ class Scheduler:
             if item.request.first_scheduled_s is None:
                 item.request.first_scheduled_s = now
         num_tokens = self._config.max_num_batched_tokens - step.budget
-        plan = StepPlan(tuple(step.items), tuple(step.preempted), num_tokens, self._num_steps)
+        plan = StepPlan(
+            tuple(step.items), tuple(step.preempted), num_tokens, self._num_steps, finished=tuple(self._ended)
+        )
         self._num_steps += 1
         self._peak_used_blocks = max(self._peak_used_blocks, self._blocks.pool.num_used)
         if plan.items:
             self._in_flight = plan, step.insertions
+            self._ended.clear()
         return plan
 
     def _land(self, plan: StepPlan) -> list[Insertion]:
@@ -327,6 +332,8 @@ class Scheduler:
         elif request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
         if request.status is not RequestStatus.FINISHED:
+            if request.first_scheduled_s is not None:
+                self._ended.append(request.request_id)
             request.status = RequestStatus.FINISHED
             del self._requests[request.request_id]
         request.finish_reason, request.stop_reason = reason, stop_reason

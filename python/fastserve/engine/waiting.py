@@ -30,10 +30,13 @@ class WaitingQueue:
     def pop(self) -> Request:
         request = self.first()
         heapq.heappop(self._heap)
-        del self._members[request.request_id]
+        self._forget(request)
         return request
 
     def remove(self, request: Request) -> None:
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
         del self._members[request.request_id]
         if len(self._heap) > 2 * len(self._members) + 16:
             self._heap = [entry for entry in self._heap if self._is_member(entry[1])]
