@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step contains, case by case. The harness checks what must hold in every step."""
 
+from random import Random
+
 import pytest
 from fake_device import generate_alone
 from fastserve.config import SamplingParams
@@ -364,6 +366,16 @@ def test_waiting_queue_is_a_sorted_list_with_removal(operations):
         assert len(queue) == len(model)
         assert len(queue._heap) <= 2 * len(model) + 17, "what was removed may not pile up"
     assert [queue.pop() for _ in range(len(queue))] == model
+
+
+def test_waiting_queue_stays_in_order_when_it_sweeps():
+    queue, random = WaitingQueue(), Random(1)
+    requests = [Request(str(i), [1], SamplingParams(), queue_key=(random.random(), i)) for i in range(300)]
+    for request in requests:
+        queue.push(request)
+    for request in requests[:250]:
+        queue.remove(request)
+    assert [queue.pop() for _ in range(50)] == sorted(requests[250:], key=lambda r: r.queue_key)
 
 
 def test_an_aborted_id_can_be_used_again(kv):
