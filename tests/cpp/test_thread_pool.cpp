@@ -66,7 +66,9 @@ TEST_P(ThreadPoolSizes, ManyShortJobs) {
 TEST(ThreadPool, WakesParkedWorkers) {
   ThreadPool pool(2);
   for (int job = 0; job < 20; ++job) {
-    for (volatile int i = 0; i < 500'000; i = i + 1) {  // about ten times as long as a worker spins
+    // About ten times as long as a worker spins.
+    std::atomic<int> busy{0};
+    while (busy.fetch_add(1) < 100'000) {
     }
     // Each chunk waits for the other, so this returns only if two threads take part.
     std::atomic<int> arrived{0};
