@@ -7,7 +7,7 @@
 # CMake's own CUDA language is not used: it tests the compiler by linking programs, needs more of the toolkit, and
 # would give no hold on what ptxas says.
 #
-# Sets FASTSERVE_HAS_CUDA, cuda_objects (to link into a module) and CUDA_RUNTIME_STATIC.
+# Sets FASTSERVE_HAS_CUDA, cuda_objects (to link into a module), CUDA_RUNTIME_STATIC and CUDA_INCLUDE_DIR.
 set(FASTSERVE_CUDA OFF CACHE STRING "build the CUDA kernels: OFF, AUTO or ON")
 set_property(CACHE FASTSERVE_CUDA PROPERTY STRINGS OFF AUTO ON)
 set(FASTSERVE_CUDA_ARCHS "80" CACHE STRING "compute capabilities to compile machine code for, or `release`")
@@ -30,6 +30,8 @@ if(FASTSERVE_CUDA)
                     ERROR_VARIABLE nvcc_plan OUTPUT_QUIET)
     string(REGEX MATCH "TOP=([^\n]+)" nvcc_top "${nvcc_plan}")
     get_filename_component(cuda_root "${CMAKE_MATCH_1}" REALPATH)
+    find_path(CUDA_INCLUDE_DIR cuda_runtime_api.h HINTS ${cuda_root} PATH_SUFFIXES include targets/x86_64-linux/include
+              NO_DEFAULT_PATH)
     find_library(CUDA_RUNTIME_STATIC libcudart_static.a
                  HINTS ${cuda_root} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib NO_DEFAULT_PATH)
     find_library(CUDA_CULIBOS_STATIC libculibos.a

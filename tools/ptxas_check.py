@@ -5,10 +5,11 @@
 
 A file states a limit for each of its kernels in a comment, for all architectures and template instances:
 
-    // ptxas: rms_norm_kernel <= 64 registers
+    // ptxas: rms_norm_kernel <= 64 registers, 256 threads
 
-The build fails if a kernel spills registers to memory, uses more registers than stated, or has no such line. What
-ptxas said is kept in the report; bench/cuda_report.py reads it with `read_report`.
+(the threads of a block at usual shapes, for the occupancy in bench/cuda_report.py). The build fails if a kernel
+spills registers to memory, uses more registers than stated, or has no such line. What ptxas said is kept in the
+report; bench/cuda_report.py reads it with `read_report`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USAGE = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
-STATED = re.compile(r"^// ptxas: (\w+) <= (\d+) registers$", re.MULTILINE)
+STATED = re.compile(r"^// ptxas: (\w+) <= (\d+) registers, (\d+) threads$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,15 @@ def read_report(text: str) -> list[KernelUse]:
     return kernels
 
 
-def stated_registers(source: str) -> dict[str, int]:
-    """Kernel name -> registers, as the CUDA source states them."""
-    return {name: int(registers) for name, registers in STATED.findall(source)}
+@dataclass(frozen=True)
+class Statement:
+    registers: int
+    threads: int
+
+
+def read_statements(source: str) -> dict[str, Statement]:
+    """Kernel name -> what the CUDA source states about it."""
+    return {name: Statement(int(registers), int(threads)) for name, registers, threads in STATED.findall(source)}
 
 
 def kernel_name(symbol: str, names: list[str]) -> str | None:
@@ -68,15 +75,15 @@ def kernel_name(symbol: str, names: list[str]) -> str | None:
 
 def violations(source: str, kernels: list[KernelUse]) -> list[str]:
     """One line for each kernel that breaks its statement, and for each statement about no kernel."""
-    stated = stated_registers(source)
+    stated = read_statements(source)
     problems = []
     for kernel in kernels:
         label = f"{kernel.symbol} on {kernel.arch}"
         name = kernel_name(kernel.symbol, list(stated))
         if name is None:
-            problems.append(f"{label}: no line '// ptxas: NAME <= N registers' states its registers")
-        elif kernel.registers > stated[name]:
-            problems.append(f"{label}: uses {kernel.registers} registers; the file states {stated[name]}")
+            problems.append(f"{label}: no line '// ptxas: NAME <= N registers, M threads' states its limits")
+        elif kernel.registers > stated[name].registers:
+            problems.append(f"{label}: uses {kernel.registers} registers; the file states {stated[name].registers}")
         if kernel.spill_bytes or kernel.stack_bytes:
             problems.append(f"{label}: {kernel.spill_bytes} bytes spilled, stack of {kernel.stack_bytes} bytes")
     used = {kernel_name(kernel.symbol, list(stated)) for kernel in kernels}

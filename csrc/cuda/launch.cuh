@@ -42,21 +42,14 @@ inline unsigned threads_for(int64_t count, int64_t limit) {
   return static_cast<unsigned>(whole < limit ? whole : limit);
 }
 
-// Can rows of this tensor be read by accesses of 16 bytes of its elements, `vec` elements at a time? `row` is
-// the number of elements that a row is cut into pieces from.
+// Can the rows of this tensor, cut into pieces of `vec` elements every `row` elements, be moved by one access
+// per piece? A tensor of one row may come with any stride.
 inline bool is_aligned(const Tensor& tensor, int64_t row, int vec) {
   const int64_t bytes = static_cast<int64_t>(vec) * size_of(tensor.dtype);
   const bool rows_aligned = tensor.ndim < 2 || tensor.shape[0] <= 1 || tensor.stride[0] % vec == 0;
   return reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes) == 0 && row % vec == 0 &&
          rows_aligned;
 }
-
-template <class T>
-inline constexpr DType kDTypeOf = DType::f32;
-template <>
-inline constexpr DType kDTypeOf<f16> = DType::f16;
-template <>
-inline constexpr DType kDTypeOf<bf16> = DType::bf16;
 
 // Calls f(A*, W*) with null pointers of the types of activations and weights. Built are: equal formats, and
 // float32 activations with any weights.
@@ -80,13 +73,6 @@ void visit_format(DType activations, const F& f) {
   if (activations == DType::f16) return f(static_cast<f16*>(nullptr));
   if (activations == DType::bf16) return f(static_cast<bf16*>(nullptr));
   f(static_cast<float*>(nullptr));
-}
-
-inline void check_same_dtype(const char* op_name, const char* name, const Tensor& tensor,
-                             const char* other_name, const Tensor& other) {
-  FS_CHECK(tensor.dtype == other.dtype, op_name << ": " << name << " is " << name_of(tensor.dtype) << ", "
-                                                << other_name << " " << name_of(other.dtype)
-                                                << "; the cuda kernel takes equal dtypes");
 }
 
 }  // namespace fs::cuda

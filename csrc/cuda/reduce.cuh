@@ -43,4 +43,20 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return block_reduce(x, 0.0f, scratch, [](float a, float b) { return a + b; });
 }
 
+// The sum of x over this thread and those before it. The same rules as for block_reduce.
+__device__ __forceinline__ uint64_t block_inclusive_sum(uint64_t x, uint64_t* scratch) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const uint64_t before = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane >= distance) x += before;
+  }
+  if (lane == kWarp - 1) scratch[warp] = x;
+  __syncthreads();
+  const uint64_t of_warps =
+      warp_reduce(lane < warp ? scratch[lane] : 0, [](uint64_t a, uint64_t b) { return a + b; });
+  return x + of_warps;
+}
+
 }  // namespace fs::cuda

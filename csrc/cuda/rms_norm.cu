@@ -7,7 +7,7 @@
 // Bytes per token: x and the residual read, out and the residual written (8 H with 2-byte activations), and
 // the weights from L2; bound: memory.
 //
-// ptxas: rms_norm_kernel <= 48 registers
+// ptxas: rms_norm_kernel <= 48 registers, 256 threads
 #include <type_traits>
 
 #include "cuda/launch.cuh"
@@ -22,15 +22,15 @@ constexpr int kMaxThreads = 1024;
 constexpr int kFewThreads = 256;  // rows that fit take at most so many
 constexpr int kMaxSteps = 4;
 
-// Thread i holds the pieces i, i + blockDim, i + 2 blockDim, ... of the row; `pieces` of kVec elements in
-// all.
-template <class A, class W, int kVec, int kSteps>
+// Thread i holds the pieces i, i + blockDim, i + 2 blockDim, ... of kVec elements of the row. kWhole: all
+// pieces are aligned and none is short.
+template <class A, class W, int kSteps, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads)
-    rms_norm_kernel(A* out, const A* x, int64_t x_stride, A* residual, const W* weight, int pieces,
+    rms_norm_kernel(A* out, const A* x, int64_t x_stride, A* residual, const W* weight, int hidden,
                     float eps) {
+  constexpr int kVec = kVecOf<A, W>;
   __shared__ float scratch[kMaxWarps];
   const int64_t t = blockIdx.x;
-  const int hidden = pieces * kVec;
   const int first = static_cast<int>(threadIdx.x);
   const int step = static_cast<int>(blockDim.x);
   Vec<A, kVec> row[kSteps];
@@ -38,19 +38,19 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const int h = (first + s * step) * kVec;
-    if (h < hidden) row[s] = Vec<A, kVec>::load(x + t * x_stride + h);
+    if (h < hidden) row[s] = Vec<A, kVec>::template load_piece<kWhole>(x + t * x_stride + h, hidden - h);
   }
   if (residual != nullptr) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int h = (first + s * step) * kVec;
       if (h >= hidden) continue;
-      const auto before = Vec<A, kVec>::load(residual + t * hidden + h);
+      const auto before = Vec<A, kVec>::template load_piece<kWhole>(residual + t * hidden + h, hidden - h);
       float sum[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[i] = before[i] + row[s][i];
       row[s] = Vec<A, kVec>::from(sum);
-      row[s].store(residual + t * hidden + h);
+      row[s].template store_piece<kWhole>(residual + t * hidden + h, hidden - h);
     }
   }
 #pragma unroll
@@ -64,36 +64,35 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int s = 0; s < kSteps; ++s) {
     const int h = (first + s * step) * kVec;
     if (h >= hidden) continue;
-    const auto gain = Vec<W, kVec>::load(weight + h);
+    const auto gain = Vec<W, kVec>::template load_piece<kWhole>(weight + h, hidden - h);
     float normed[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) normed[i] = row[s][i] * scale * gain[i];
-    Vec<A, kVec>::from(normed).store(out + t * hidden + h);
+    Vec<A, kVec>::from(normed).template store_piece<kWhole>(out + t * hidden + h, hidden - h);
   }
 }
 
-template <class A, class W, int kVec>
+template <class A, class W, bool kWhole>
 void launch_rms_norm(const RmsNorm& op, cudaStream_t stream) {
+  constexpr int kVec = kVecOf<A, W>;
   const int64_t hidden = op.out.shape[1];
-  const int64_t pieces = hidden / kVec;
+  const int64_t pieces = ceil_div(hidden, kVec);
   FS_CHECK(pieces <= int64_t{kMaxThreads} * kMaxSteps,
            "rms_norm: H is " << hidden << "; the cuda kernel takes at most " << kMaxThreads * kMaxSteps * kVec
-                             << " with this dtype and alignment");
+                             << " with these dtypes");
   const auto launch = [&](auto kernel, int steps) {
     const int64_t threads = ceil_div(ceil_div(pieces, steps), kWarp) * kWarp;
     kernel<<<static_cast<unsigned>(op.out.shape[0]), static_cast<unsigned>(threads), 0, stream>>>(
         op.out.ptr<A>(), op.x.ptr<const A>(), op.x.stride[0],
         op.residual.defined() ? op.residual.ptr<A>() : nullptr, op.weight.ptr<const W>(),
-        static_cast<int>(pieces), op.eps);
+        static_cast<int>(hidden), op.eps);
   };
-  if (pieces <= kFewThreads) return launch(rms_norm_kernel<A, W, kVec, 1>, 1);
-  if (pieces <= 2 * kFewThreads) return launch(rms_norm_kernel<A, W, kVec, 2>, 2);
-  launch(rms_norm_kernel<A, W, kVec, kMaxSteps>, kMaxSteps);
+  if (pieces <= kFewThreads) return launch(rms_norm_kernel<A, W, 1, kWhole>, 1);
+  if (pieces <= 2 * kFewThreads) return launch(rms_norm_kernel<A, W, 2, kWhole>, 2);
+  launch(rms_norm_kernel<A, W, kMaxSteps, kWhole>, kMaxSteps);
 }
 
 void rms_norm(const RmsNorm& op, const OpContext& context) {
-  check_same_dtype("rms_norm", "out", op.out, "x", op.x);
-  if (op.residual.defined()) check_same_dtype("rms_norm", "residual", op.residual, "x", op.x);
   const int64_t hidden = op.out.shape[1];
   if (op.out.shape[0] == 0 || hidden == 0) return;
   FS_CHECK(op.out.shape[0] <= kMaxGridX, "rms_norm: " << op.out.shape[0] << " rows are too many");
@@ -105,9 +104,9 @@ void rms_norm(const RmsNorm& op, const OpContext& context) {
                          is_aligned(op.weight, hidden, kVec) &&
                          (!op.residual.defined() || is_aligned(op.residual, hidden, kVec));
     if (aligned) {
-      launch_rms_norm<A, W, kVec>(op, stream_of(context));
+      launch_rms_norm<A, W, true>(op, stream_of(context));
     } else {
-      launch_rms_norm<A, W, 1>(op, stream_of(context));
+      launch_rms_norm<A, W, false>(op, stream_of(context));
     }
   });
   check_launch("rms_norm");

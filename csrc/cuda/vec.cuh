@@ -57,6 +57,45 @@ struct Vec {
     }
   }
 
+  // A piece of a row that may be misaligned or short (`count` elements; the others read as 0 and stay
+  // unwritten). kWhole promises that it is neither. Both ways the same thread holds the same elements, so
+  // that sums over a row are the same bits wherever the row lies.
+  template <bool kWhole>
+  static __device__ __forceinline__ Vec load_piece(const T* from, int count) {
+    if constexpr (kWhole) {
+      return load(from);
+    } else {
+      Vec vec{};
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i >= count) continue;
+        if constexpr (sizeof(T) == 4) {
+          vec.word[i] = reinterpret_cast<const uint32_t*>(from)[i];
+        } else {
+          vec.word[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[i])
+                             << (i % 2 * 16);
+        }
+      }
+      return vec;
+    }
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void store_piece(T* to, int count) const {
+    if constexpr (kWhole) {
+      store(to);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i >= count) continue;
+        if constexpr (sizeof(T) == 4) {
+          reinterpret_cast<uint32_t*>(to)[i] = word[i];
+        } else {
+          reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16));
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ float operator[](int i) const {
     if constexpr (sizeof(T) == 4) {
       return __uint_as_float(word[i]);

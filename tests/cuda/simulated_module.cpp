@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// fastserve's CUDA ops on the simulated device, for tests: run("rms_norm", {...}) takes CPU tensors, copies
+// each into an allocation of its own on the device (of exactly its extent, so that an access beyond it is
+// found), runs the op there and copies back what it wrote. Faults that the device finds (races, out of
+// bounds, uninitialised reads) are errors with the device's report.
+#include <cuda_runtime_api.h>
+#include <ptxsim.h>
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "bindings/dlpack.h"
+#include "ops/ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace fs;
+
+void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  throw Error(what + ": " + cudaGetErrorString(error) + "\n" + ptxsim_last_report());
+}
+
+// One tensor argument, from the host's memory to the device's and back.
+class DeviceCopy {
+ public:
+  DeviceCopy(Tensor* tensor, const ArgSpec& spec, const char* op_name)
+      : host_(static_cast<char*>(tensor->data)),
+        label_(std::string(op_name) + ": " + spec.name),
+        spec_(spec) {
+    int64_t last = 0;
+    bool dense = true;
+    int64_t expected_stride = 1;
+    for (int d = tensor->ndim - 1; d >= 0; --d) {
+      last += (tensor->shape[d] - 1) * tensor->stride[d];
+      dense = dense && (tensor->shape[d] <= 1 || tensor->stride[d] == expected_stride);
+      expected_stride *= tensor->shape[d];
+    }
+    bytes_ = tensor->numel() == 0 ? 0 : static_cast<size_t>((last + 1) * size_of(tensor->dtype));
+    if (bytes_ != 0) {
+      check(cudaMalloc(&device_, bytes_), label_);
+      ptxsim_name_buffer(device_, spec.name);
+      // An output stays poisoned by the device; between its rows, if it is strided, lies what others own.
+      if (spec.access != Access::write || !dense) {
+        check(cudaMemcpy(device_, host_, bytes_, cudaMemcpyHostToDevice), label_);
+      }
+    }
+    tensor->data = device_;
+    tensor->device = Device::cuda;
+  }
+  DeviceCopy(const DeviceCopy&) = delete;
+  DeviceCopy& operator=(const DeviceCopy&) = delete;
+  ~DeviceCopy() { cudaFree(device_); }
+
+  void copy_back() const {
+    if (bytes_ == 0) return;
+    std::vector<char> result(bytes_);
+    check(cudaMemcpy(result.data(), device_, bytes_, cudaMemcpyDeviceToHost), label_);
+    if (spec_.access != Access::read) {
+      std::memcpy(host_, result.data(), bytes_);
+    } else if (std::memcmp(host_, result.data(), bytes_) != 0) {
+      throw Error(label_ + ": an input was written");
+    }
+  }
+
+ private:
+  char* host_;
+  std::string label_;
+  ArgSpec spec_;
+  size_t bytes_ = 0;
+  void* device_ = nullptr;
+};
+
+template <class Op, class Field>
+void convert(const py::handle& given, Arg<Op, Field> arg, Op* op) {
+  if constexpr (std::is_same_v<Field, Tensor>) {
+    op->*(arg.member) = tensor_from_python(given.ptr(), Op::info.name, arg.spec.name);
+  } else {
+    op->*(arg.member) = given.cast<Field>();
+  }
+}
+
+template <class Op>
+void run_op(const py::dict& arguments) {
+  Op op{};
+  std::vector<std::unique_ptr<DeviceCopy>> copies;
+  const auto take = [&](const auto& arg) {
+    if (!arguments.contains(arg.spec.name)) return;
+    convert(arguments[arg.spec.name], arg, &op);
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(op.*(arg.member))>, Tensor>) {
+      Tensor& tensor = op.*(arg.member);
+      if (tensor.defined()) copies.push_back(std::make_unique<DeviceCopy>(&tensor, arg.spec, Op::info.name));
+    }
+  };
+  std::apply([&](const auto&... arg) { (take(arg), ...); }, Op::args());
+  ptxsim_clear_report();
+  ptxsim_reset_counters();
+  run(op);
+  check(cudaDeviceSynchronize(), Op::info.name);
+  if (ptxsim_num_faults() != 0) throw Error(std::string(Op::info.name) + ":\n" + ptxsim_last_report());
+  for (const auto& copy : copies) copy->copy_back();
+}
+
+template <class Op>
+bool run_if_named(const std::string& name, const py::dict& arguments) {
+  if (name != Op::info.name) return false;
+  run_op<Op>(arguments);
+  return true;
+}
+
+template <class Op>
+void add_if_on_cuda(py::list* names) {
+  if (Slot<Op>::cuda.kernel != nullptr) names->append(Op::info.name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native_sim, m) {
+  m.doc() = "The CUDA ops of fastserve on a simulated device.";
+  py::register_exception<Error>(m, "NativeError", PyExc_ValueError);
+  m.def(
+      "run",
+      [](const std::string& name, const py::dict& arguments) {
+        const bool found = std::apply(
+            [&](auto... op) { return (run_if_named<decltype(op)>(name, arguments) || ...); }, AllOps{});
+        if (!found) throw Error("no op named '" + name + "'");
+      },
+      py::arg("op"), py::arg("arguments"), "Run an op on copies of CPU tensors; outputs are copied back.");
+  m.def(
+      "ops",
+      [] {
+        py::list names;
+        std::apply([&](auto... op) { (add_if_on_cuda<decltype(op)>(&names), ...); }, AllOps{});
+        return names;
+      },
+      "The ops that have a CUDA kernel.");
+  m.def(
+      "configure",
+      [](int async_mode, uint64_t seed) {
+        ptxsim_config config;
+        ptxsim_get_config(&config);
+        config.async_mode = async_mode;
+        config.seed = seed;
+        config.check_uninit = 1;
+        config.check_race = 1;
+        config.check_global_race = 1;
+        config.counters = 1;
+        ptxsim_set_config(&config);
+      },
+      py::arg("async_mode"), py::arg("seed"),
+      "Async copies land late (0), early (1) or at random (2); a seed other than 0 shuffles blocks and "
+      "warps.");
+  m.def("counters", [] { return std::string(ptxsim_counters_json()); }, "Counters of the last op, as JSON.");
+}
