@@ -161,7 +161,8 @@ def print_mix(kernel_file: str, arch: str, nvcc: str) -> None:
         name = kernel_name(symbol, list(statements))
         if name is None:
             continue
-        mix = ", ".join(f"{opcode} {count}" for opcode, count in Counter(op for op in loop.opcodes if op != "NOP").most_common(16))
+        counts = Counter(opcode for opcode in loop.opcodes if opcode != "NOP")
+        mix = ", ".join(f"{opcode} {count}" for opcode, count in counts.most_common(16))
         what = "longest loop" if loop.is_loop else "whole kernel"
         label = name.removesuffix("_kernel") + template_arguments(symbol, name)
         print(f"{label} on {arch}, {what}, {len(loop.opcodes)} instructions:\n    {mix}")
