@@ -113,7 +113,7 @@ def test_refuses_a_bad_tensor(op: str, name: str) -> None:
     for bad in (tensor[None], tensor.to(torch.complex64), tensor.to(torch.float64)):
         refused(op, {**arguments, name: bad}, mention)
     refused(op, {**arguments, name: tensor[None]}, mention, given(tensor[None]))
-    wrong_dtype = tensor.to(torch.int64)
+    wrong_dtype = tensor.to(torch.int32 if tensor.dtype == torch.int64 else torch.int64)
     refused(op, {**arguments, name: wrong_dtype}, mention, given(wrong_dtype), "dtype")
 
     apart = torch.stack([tensor, tensor], dim=-1)[..., 0]  # every other element

@@ -135,7 +135,85 @@ struct SiluMul {
   }
 };
 
+// The next token of each row, token_ids[b]; -1 if the row's logits hold NaN or +infinity, -2 if no token is
+// allowed, so that only this request fails. Logits are read only. Optional arguments that are not given
+// change nothing. In this order, as vLLM does (float32, every operation rounded on its own, identical on all
+// devices):
+//   allowed      where bit i % 32 of word i / 32 of row allowed_rows[b] of `allowed` is 0, logit i is
+//                -infinity; allowed_rows[b] = -1: all tokens are allowed
+//   bias         logit += bias for each entry [bias_offsets[b], bias_offsets[b + 1]) of the bias list
+//   penalties    for each id in the row's `seen` list (ids of prompt and output, each once; seen_counts: how
+//                often in the output): logit = logit > 0 ? logit / repetition : logit * repetition; then, if
+//                the count is above 0, logit -= frequency * count, logit -= presence
+//   temperature  below 1e-5 (or not given): the largest logit, of equal ones the lowest id, and nothing below
+//                applies. Else weight = exp((logit - largest logit) / temperature), which is at most 1
+//   min_p        keeps tokens with weight >= min_p; 0: all
+//   top_k        of these keeps the first k in the order (logit descending, id ascending); 0: all
+//   top_p        of these keeps the shortest prefix in the same order whose weights reach top_p times the sum
+//                of all of their weights, rounded to multiples of 2^-30 and so summed exactly; 1: all
+//   draw         the kept token with the largest weight / E, of equal ones the lowest id; E is exponentially
+//                distributed noise, a function of (seed, position, token id) only: see layout/philox.h and
+//                layout/sampling.h. This is argmax(logit / temperature + Gumbel noise)
+struct Sample {
+  Tensor token_ids, logits, temperature, top_k, top_p, min_p, seeds, positions;
+  Tensor repetition_penalty, frequency_penalty, presence_penalty, seen_offsets, seen_ids, seen_counts;
+  Tensor bias_offsets, bias_ids, bias, allowed, allowed_rows, workspace;
+  static constexpr OpInfo info{"sample",
+                               "draw the next token of each row after masks, bias, penalties, temperature, "
+                               "min_p, top_k and top_p; -1: NaN in the row, -2: no token allowed",
+                               "logits"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&Sample::token_ids, "token_ids", "B", DType::i32, Access::write),
+        tensor(&Sample::logits, "logits", "B V", DType::f32).rows(),
+        tensor(&Sample::temperature, "temperature", "B", DType::f32).maybe(),
+        tensor(&Sample::top_k, "top_k", "B", DType::i32).maybe(),
+        tensor(&Sample::top_p, "top_p", "B", DType::f32).maybe(),
+        tensor(&Sample::min_p, "min_p", "B", DType::f32).maybe(),
+        tensor(&Sample::seeds, "seeds", "B", DType::i64).maybe(),
+        tensor(&Sample::positions, "positions", "B", DType::i32).maybe(),
+        tensor(&Sample::repetition_penalty, "repetition_penalty", "B", DType::f32).maybe(),
+        tensor(&Sample::frequency_penalty, "frequency_penalty", "B", DType::f32).maybe(),
+        tensor(&Sample::presence_penalty, "presence_penalty", "B", DType::f32).maybe(),
+        tensor(&Sample::seen_offsets, "seen_offsets", "B+1", DType::i32).maybe(),
+        tensor(&Sample::seen_ids, "seen_ids", "Seen", DType::i32).maybe(),
+        tensor(&Sample::seen_counts, "seen_counts", "Seen", DType::i32).maybe(),
+        tensor(&Sample::bias_offsets, "bias_offsets", "B+1", DType::i32).maybe(),
+        tensor(&Sample::bias_ids, "bias_ids", "Biased", DType::i32).maybe(),
+        tensor(&Sample::bias, "bias", "Biased", DType::f32).maybe(),
+        tensor(&Sample::allowed, "allowed", "Masks Words", DType::i32 | DType::u32).maybe(),
+        tensor(&Sample::allowed_rows, "allowed_rows", "B", DType::i32).maybe(),
+        tensor(&Sample::workspace, "workspace", "Threads 4*V", DType::f32, Access::write),
+    };
+  }
+};
+
+// For a row x of raw logits: logprob(i) = x[i] - log(sum(exp(x))), and rank(i) = 1 + the number of tokens
+// before i in the order (logit descending, id ascending). Writes both for token_ids[b], and the first L
+// tokens of that order with their logprobs (their ranks are 1 to L). A token id of -1 stands for none. Where
+// that is so, or the row holds NaN or +infinity, or no finite logit, the logprob is NaN and the rank 0; in
+// the latter cases the top ids are -1 and the top logprobs NaN.
+struct TokenLogprobs {
+  Tensor logprobs, ranks, top_ids, top_logprobs, logits, token_ids, workspace;
+  static constexpr OpInfo info{
+      "token_logprobs",
+      "log-softmax of the logits and rank at token_ids, and the L largest of each row with their ids",
+      "logits"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&TokenLogprobs::logprobs, "logprobs", "B", DType::f32, Access::write),
+        tensor(&TokenLogprobs::ranks, "ranks", "B", DType::i32, Access::write),
+        tensor(&TokenLogprobs::top_ids, "top_ids", "B L", DType::i32, Access::write),
+        tensor(&TokenLogprobs::top_logprobs, "top_logprobs", "B L", DType::f32, Access::write),
+        tensor(&TokenLogprobs::logits, "logits", "B V", DType::f32).rows(),
+        tensor(&TokenLogprobs::token_ids, "token_ids", "B", DType::i32),
+        tensor(&TokenLogprobs::workspace, "workspace", "Threads 4*V", DType::f32, Access::write),
+    };
+  }
+};
+
 // All ops, in the order of `fastserve doctor --ops` and of the generated table.
-using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, RopeKvWrite, Attention, SiluMul>;
+using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, RopeKvWrite, Attention, SiluMul, Sample,
+                          TokenLogprobs>;
 
 }  // namespace fs
