@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -16,15 +15,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from fastserve.cli import main
 from fastserve.errors import ModelLoadError
 from fastserve.model_config import ModelConfig
 from fastserve.tokenizer import IncrementalDetokenizer, Tokenizer
 from fastserve.weights import gguf as gguf_module
-from fastserve.weights.gguf import add_arguments, convert_gguf, half_rotation_rows, main
+from fastserve.weights.gguf import convert_gguf, half_rotation_rows
 from fastserve.weights.safetensors import open_checkpoint
 from tiny_models import make_tiny_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 ENGLISH = (
     "The sun is a star at the center of the solar system. It is a large ball of hot gas, and it gives us "
@@ -73,8 +74,7 @@ def write_gguf(path: Path, kind: str = "F32", tied: bool = True, **changes: Any)
         "lm_head.weight": "output.weight",
     }
     names |= {
-        f"model.layers.0.{theirs}.weight": f"blk.0.{ours}.weight"
-        for ours, theirs in gguf_module.LAYER_NAMES.items()
+        f"model.layers.0.{theirs}.weight": f"blk.0.{ours}.weight" for ours, theirs in gguf_module.LAYER_NAMES.items()
     }
     tokens = ["<unk>", "<s>", "</s>", "<tool>", *sorted(gguf_alphabet()), "ab", "abc"]
     types = [3, 3, 3, 4] + [1] * (len(tokens) - 4)
@@ -167,9 +167,7 @@ def test_the_same_weights_as_transformers_reads_from_the_file(tmp_path: Path) ->
     write_gguf(tmp_path / "m.gguf", "Q8_0")
     folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = load_gguf_checkpoint(str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=ours)[
-        "tensors"
-    ]
+    theirs = load_gguf_checkpoint(str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=ours)["tensors"]
     state = ours.state_dict()
     assert {*theirs, "lm_head.weight"} == set(state)
     for name, value in theirs.items():
@@ -270,18 +268,10 @@ def field(key: bytes, kind: int, value: bytes) -> bytes:
     return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
 
 
-def tensor(
-    dims: list[int], kind: int = 0, offset: int = 0, name: bytes = b"t", claim: int | None = None
-) -> bytes:
+def tensor(dims: list[int], kind: int = 0, offset: int = 0, name: bytes = b"t", claim: int | None = None) -> bytes:
     count = len(dims) if claim is None else claim
     shape = struct.pack(f"<{len(dims)}Q", *dims)
-    return (
-        struct.pack("<Q", len(name))
-        + name
-        + struct.pack("<I", count)
-        + shape
-        + struct.pack("<IQ", kind, offset)
-    )
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", count) + shape + struct.pack("<IQ", kind, offset)
 
 
 @pytest.mark.parametrize(
@@ -361,15 +351,13 @@ def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_gguf(tmp_path / "m.gguf")
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = [str(tmp_path / "m.gguf"), str(tmp_path / "out")]
-    assert main(parser.parse_args(args)) == 0
+    arguments = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "out")]
+    assert main(arguments) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert main(parser.parse_args(args)) == 1
+    assert main(arguments) == 1
     assert "exists already; --force replaces it" in capsys.readouterr().err
-    assert main(parser.parse_args([str(tmp_path / "none.gguf"), str(tmp_path / "out2")])) == 1
+    assert main(["convert", str(tmp_path / "none.gguf"), str(tmp_path / "out2")]) == 1
     assert "none.gguf: does not exist" in capsys.readouterr().err
 
 

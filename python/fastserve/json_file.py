@@ -35,9 +35,7 @@ def parse_json_object(data: bytes | str, where: str, *, allow_nan: bool = False)
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=None if allow_nan else _no_constant
-        )
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=None if allow_nan else _no_constant)
     except RecursionError:
         raise ModelLoadError(f"{where}: the JSON is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors too
@@ -61,9 +59,7 @@ def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def read_json_object(
-    path: Path, max_bytes: int = MAX_JSON_BYTES, *, allow_nan: bool = False
-) -> dict[str, Any]:
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, *, allow_nan: bool = False) -> dict[str, Any]:
     """The JSON object in a file, see parse_json_object."""
     return parse_json_object(read_bytes(path, max_bytes), str(path), allow_nan=allow_nan)
 

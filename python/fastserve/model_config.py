@@ -93,9 +93,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    layer_windows: tuple[
-        int | None, ...
-    ]  # per layer: a query sees its last N tokens, itself included; None: all
+    layer_windows: tuple[int | None, ...]  # per layer: a query sees its last N tokens, itself included; None: all
     torch_dtype: str | None  # "float32", "float16" or "bfloat16"; None when config.json does not say
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it names any, else config.json's
@@ -111,9 +109,7 @@ class ModelConfig:
         """Read config.json and, if there, generation_config.json; raises ModelLoadError."""
         folder = Path(model_dir)
         if not folder.is_dir():
-            raise ModelLoadError(
-                f"{folder}: not a folder; a model is a folder with {CONFIG_FILE} and weights"
-            )
+            raise ModelLoadError(f"{folder}: not a folder; a model is a folder with {CONFIG_FILE} and weights")
         path = folder / CONFIG_FILE
         config = read_json_object(path, MAX_CONFIG_BYTES, allow_nan=True)
         generation: dict[str, Any] = {}

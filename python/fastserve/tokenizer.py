@@ -27,9 +27,7 @@ class Tokenizer:
     eos_token_id, and chat_templates (name -> Jinja text; "default" is the usual one).
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None, where: str = ""
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None, where: str = "") -> None:
         fields = Fields(where or TOKENIZER_CONFIG_FILE, config or {})
         # A tokenizer.json may carry the truncation and padding of its training run; a prompt must stay whole.
         backend.no_truncation()
@@ -215,11 +213,7 @@ class IncrementalDetokenizer:
 
     def _take_context(self, ids: Sequence[int]) -> None:
         for token_id in reversed(ids):
-            if (
-                self._counts(token_id)
-                and not self._is_byte(token_id)
-                and self._tokenizer.id_to_token(token_id)
-            ):
+            if self._counts(token_id) and not self._is_byte(token_id) and self._tokenizer.id_to_token(token_id):
                 self._context = [token_id]
                 self._context_text = self._decode(self._context)
                 return
@@ -260,9 +254,7 @@ def _chat_templates(fields: Fields) -> dict[str, str]:
     entries = [{"name": "default", "template": given}] if isinstance(given, str) else given or []
     templates: dict[str, str] = {}
     for entry in entries if isinstance(entries, list) else [None]:
-        name, template = (
-            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        )
+        name, template = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(template, str):
             raise fields.error("chat_template", "a string or a list of {name, template}")
         if len(template) > MAX_TEMPLATE_BYTES:
@@ -290,9 +282,7 @@ def _decoder_spec(backend: tokenizers.Tokenizer, where: str) -> str:
     fuse = names.index("Fuse") if "Fuse" in names else len(names)
     per_token = all(name in ("Replace", "ByteFallback", "Metaspace", "Strip") for name in names[:fuse])
     # After Fuse the text is one piece: only dropping one leading character of it stays local.
-    whole = all(
-        step["type"] == "Strip" and step["start"] <= 1 and not step["stop"] for step in steps[fuse + 1 :]
-    )
+    whole = all(step["type"] == "Strip" and step["start"] <= 1 and not step["stop"] for step in steps[fuse + 1 :])
     if per_token and whole:
         return "pieces"
     raise ModelLoadError(

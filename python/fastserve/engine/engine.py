@@ -54,8 +54,8 @@ class Engine:
     ) -> None:
         self.config = config
         self._runner = runner
-        self._clock = clock
-        self._scheduler = scheduler or Scheduler(
+        self.clock = clock
+        self.scheduler = scheduler or Scheduler(
             config, runner.num_blocks, runner.max_model_len, runner.eos_token_ids, get_policy(config.policy)
         )
         self._outputs = OutputProcessor(tokenizer, make_detokenizer)
@@ -69,14 +69,14 @@ class Engine:
         If the runner fails, the requests of this step end with finish_reason "error"; the others go on. What
         is no `Exception` (Ctrl-C) is raised again after that, and the engine can be used further.
         """
-        plan = self._scheduler.schedule(self._clock())
+        plan = self.scheduler.schedule(self.clock())
         if plan.items:
             try:
                 results = self._runner.run(plan)
                 sampled = [None if result is None else result.token_id for result in results]
-                self._scheduler.update(plan, sampled, self._clock())
+                self.scheduler.update(plan, sampled, self.clock())
             except BaseException as error:
-                for request in self._scheduler.fail(plan):
+                for request in self.scheduler.fail(plan):
                     self._outputs.end(request, error)
                 if not isinstance(error, Exception):
                     raise
@@ -84,7 +84,7 @@ class Engine:
                 for item, result in zip(plan.items, results, strict=True):
                     if result is not None:
                         self._deliver(item, result)
-        return self._outputs.collect(self._clock())
+        return self._outputs.collect(self.clock())
 
     def add_request(
         self,
@@ -105,7 +105,7 @@ class Engine:
         ids = [request_id] if params.n == 1 else [f"{request_id}#{i}" for i in range(params.n)]
         if request_id in self._outputs:
             raise InvalidRequest(f"{request_id!r}: a request of this id exists; ids must be unique")
-        now, tokens = self._clock(), list(prompt_token_ids)
+        now, tokens = self.clock(), list(prompt_token_ids)
         seed = _mixed_seed(self.config.seed, self._num_added) if params.seed is None else params.seed % 2**64
         requests = [
             Request(
@@ -122,10 +122,10 @@ class Engine:
         self._outputs.add(request_id, prompt, params, requests)
         try:
             for request in requests:
-                self._scheduler.add(request)
+                self.scheduler.add(request)
         except BaseException:
             for request in requests:
-                self._scheduler.abort(request.request_id)
+                self.scheduler.abort(request.request_id)
             self._outputs.forget(request_id)
             raise
         self._num_added += 1
@@ -139,7 +139,7 @@ class Engine:
         cache_salt: str = "",
     ) -> None:
         """Raises InvalidRequest if such a request could never run here."""
-        self._scheduler.check_prompt(len(prompt_token_ids))
+        self.scheduler.check_prompt(len(prompt_token_ids))
         vocab_size = self._runner.vocab_size
         for i, token_id in enumerate(prompt_token_ids):
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
@@ -159,27 +159,33 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """Ends a request: the next step() returns its last output, with finish_reason "abort". False: unknown
         id."""
-        requests = [r for r in self._outputs.requests(request_id) if self._scheduler.abort(r.request_id)]
+        requests = [r for r in self._outputs.requests(request_id) if self.scheduler.abort(r.request_id)]
         for request in requests:
             self._outputs.end(request)
         return bool(requests)
 
+    def discard(self, request_id: str) -> None:
+        """Ends a request of which nobody wants to hear any more: like abort, without a last output."""
+        if request_id in self._outputs:
+            self.abort(request_id)
+            self._outputs.forget(request_id)
+
     @property
     def has_work(self) -> bool:
         """Whether step() has something to compute or to return."""
-        return self._scheduler.has_work() or self._outputs.has_outputs
+        return self.scheduler.has_work() or self._outputs.has_outputs
 
     @property
     def num_waiting(self) -> int:
-        return self._scheduler.num_waiting
+        return self.scheduler.num_waiting
 
     @property
     def num_running(self) -> int:
-        return self._scheduler.num_running
+        return self.scheduler.num_running
 
     @property
     def stats(self) -> SchedulerStats:
-        return self._scheduler.stats
+        return self.scheduler.stats
 
     def _deliver(self, item: StepItem, result: SampledToken) -> None:
         """Hands a token to its request. What goes wrong here is the matter of this request alone."""
@@ -190,11 +196,11 @@ class Engine:
                 raise FastserveError(f"no token could be sampled (id {token_id}): {cause}")
             stop = self._outputs.push(item, result)
         except Exception as error:
-            self._scheduler.finish(request, "error")
+            self.scheduler.finish(request, "error")
             self._outputs.end(request, error)
         else:
             if stop is not None:
-                self._scheduler.finish(request, "stop", stop)
+                self.scheduler.finish(request, "stop", stop)
 
 
 def _mixed_seed(seed: int, index: int) -> int:

@@ -68,7 +68,8 @@ class OutputProcessor:
             self._completions[completion.request.request_id] = completion
 
     def forget(self, request_id: str) -> None:
-        """Undoes `add`."""
+        """Undoes `add`: nothing more is told about the request."""
+        self._touched.pop(request_id, None)
         for completion in self._groups.pop(request_id).completions:
             del self._completions[completion.request.request_id]
 
@@ -107,11 +108,11 @@ class OutputProcessor:
     def collect(self, now: float) -> list[RequestOutput]:
         """The outputs of all requests that got something since the last call; forgets those that have
         finished."""
-        outputs = [output for group in self._touched.values() if (output := group.output(now)) is not None]
-        for group in self._touched.values():
+        touched, self._touched = self._touched, {}
+        outputs = [output for group in touched.values() if (output := group.output(now)) is not None]
+        for group in touched.values():
             if group.finished:
                 self.forget(group.request_id)
-        self._touched = {}
         return outputs
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastserve import _native  # type: ignore[attr-defined]
+from fastserve import _native
 from fastserve.config import SamplingParams
 from fastserve.outputs import SampledToken
 from fastserve.request import Request

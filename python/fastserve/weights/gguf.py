@@ -9,17 +9,15 @@ faithfully is refused.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastserve.errors import FastserveError, ModelLoadError
+from fastserve.errors import ModelLoadError
 from fastserve.json_file import Fields
 from fastserve.weights.gguf_header import check_gguf
 
@@ -70,9 +68,7 @@ class _GgufModel:
         self._dequantize = gguf.quants.dequantize
         self.fields.choice("general.architecture", (ARCHITECTURE,))
         if self.integer("expert_count", 0, 2**20, 0):
-            raise self.fields.error(
-                f"{ARCHITECTURE}.expert_count", "0 (mixtures of experts are not converted)"
-            )
+            raise self.fields.error(f"{ARCHITECTURE}.expert_count", "0 (mixtures of experts are not converted)")
         self.hidden_size = self.integer("embedding_length", 1, 2**20)
         self.intermediate_size = self.integer("feed_forward_length", 1, 2**20)
         self.num_layers = self.integer("block_count", 1, 4096)
@@ -185,9 +181,7 @@ def _config(model: _GgufModel, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": model.integer("context_length", 1, 2**31 - 1),
         "rms_norm_eps": _shortest_fp32(eps),
         "rope_theta": _shortest_fp32(theta),
-        "rope_scaling": {"type": "linear", "factor": factor}
-        if scaling == "linear" and factor != 1.0
-        else None,
+        "rope_scaling": {"type": "linear", "factor": factor} if scaling == "linear" and factor != 1.0 else None,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -360,33 +354,3 @@ def convert_gguf(
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     return out
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fastserve convert`."""
-    parser.add_argument("gguf", metavar="model.gguf", help="the GGUF file (llama architecture)")
-    parser.add_argument("dir", metavar="DIR", help="the model folder to write")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the weights written (%(default)s)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is a model folder already")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run `fastserve convert`; the exit status: 0, or 1 after an error printed to stderr."""
-    from tqdm import tqdm
-
-    with tqdm(unit="tensor", desc="convert", file=sys.stderr, disable=None) as bar:
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        try:
-            out = convert_gguf(args.gguf, args.dir, dtype=args.dtype, force=args.force, progress=progress)
-        except (FastserveError, OSError) as error:
-            bar.close()
-            print(f"fastserve convert: {error}", file=sys.stderr)
-            return 1
-    print(out)
-    return 0

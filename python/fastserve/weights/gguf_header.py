@@ -42,9 +42,7 @@ class _Cursor:
 
     def skip(self, num_bytes: int, what: str) -> None:
         if num_bytes > len(self.data) - self.position:
-            raise self.error(
-                f"{what} takes {num_bytes} bytes, which the file does not have; is it truncated?"
-            )
+            raise self.error(f"{what} takes {num_bytes} bytes, which the file does not have; is it truncated?")
         self.position += num_bytes
 
     def u32(self, what: str) -> int:
@@ -103,9 +101,7 @@ def _check(cursor: _Cursor, block_sizes: dict[int, tuple[int, int]]) -> None:
         raise cursor.error(f"not a GGUF file: it begins with {magic!r} instead of {MAGIC!r}")
     version = cursor.u32("the version")
     if version not in VERSIONS:
-        raise cursor.error(
-            f"GGUF version {version} is not known; known are {VERSIONS} in little-endian order"
-        )
+        raise cursor.error(f"GGUF version {version} is not known; known are {VERSIONS} in little-endian order")
     num_tensors = cursor.u64("the number of tensors", MAX_TENSORS)
     num_fields = cursor.u64("the number of fields", MAX_FIELDS)
     alignment = 32

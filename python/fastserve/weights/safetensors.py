@@ -72,16 +72,12 @@ def _read_entry(path: Path, name: str, raw: Any, data_bytes: int) -> TensorEntry
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelLoadError(f"{where}: dtype {dtype!r:.100} is not known; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_count, shape)):
-        raise ModelLoadError(
-            f"{where}: shape must be at most {MAX_RANK} non-negative integers, got {shape!r:.200}"
-        )
+        raise ModelLoadError(f"{where}: shape must be at most {MAX_RANK} non-negative integers, got {shape!r:.200}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise ModelLoadError(f"{where}: data_offsets must be two non-negative integers, got {offsets!r:.200}")
     begin, end = offsets
     if not begin <= end <= data_bytes:
-        raise ModelLoadError(
-            f"{where}: data_offsets [{begin}, {end}) must ascend within {data_bytes} data bytes"
-        )
+        raise ModelLoadError(f"{where}: data_offsets [{begin}, {end}) must ascend within {data_bytes} data bytes")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if needed != end - begin:
         raise ModelLoadError(
@@ -157,15 +153,12 @@ def _read_index(index_path: Path) -> dict[str, TensorEntry]:
                 raise ModelLoadError(f"{index_path}: shard {shard} is missing from the folder")
             shards[shard] = read_header(path)
         if name not in shards[shard]:
-            raise ModelLoadError(
-                f"{index_path}: {shard} does not hold tensor {name!r}, which is said to be there"
-            )
+            raise ModelLoadError(f"{index_path}: {shard} does not hold tensor {name!r}, which is said to be there")
     for shard, entries in shards.items():
         for name in entries:
             if weight_map.get(name) != shard:
                 raise ModelLoadError(
-                    f"{index_path}: {shard} holds tensor {name!r}, "
-                    f"which the index places in {weight_map.get(name)!r}"
+                    f"{index_path}: {shard} holds tensor {name!r}, which the index places in {weight_map.get(name)!r}"
                 )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `fastserve` command. Nothing heavy is imported before a subcommand needs it: `--version` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import fastserve
+
+if TYPE_CHECKING:
+    from fastserve.config import SamplingParams
+    from fastserve.llm import LLM
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 an error that is printed, 2 wrong usage, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    from fastserve.errors import FastserveError
+
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (FastserveError, OSError) as error:
+        print(f"fastserve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastserve", description="An LLM inference engine for many requests.")
+    parser.add_argument("--version", action="version", version=f"fastserve {fastserve.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="complete prompts",
+        description="Complete prompts with a model and print the results.",
+    )
+    _add_model_arguments(generate)
+    _add_sampling_arguments(generate, max_tokens=128)
+    generate.add_argument("-p", "--prompt", action="append", default=[], help="a prompt; may be repeated")
+    generate.add_argument("-f", "--file", help="a file of prompts, one a line; - for standard input")
+    generate.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
+    generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser(
+        "chat", help="talk to a model", description="Talk to a model. An empty line or Ctrl-D ends it."
+    )
+    _add_model_arguments(chat)
+    _add_sampling_arguments(chat, max_tokens=None)
+    chat.add_argument("--system", help="a system message")
+    chat.set_defaults(run=_chat)
+
+    convert = commands.add_parser(
+        "convert",
+        help="make a model folder of a GGUF file",
+        description="Convert a GGUF file to a Hugging Face model folder (config, safetensors, tokenizer).",
+    )
+    convert.add_argument("gguf", metavar="model.gguf", help="the GGUF file (llama architecture)")
+    convert.add_argument("dir", metavar="DIR", help="the model folder to write")
+    dtypes = ("bfloat16", "float16", "float32")
+    convert.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of the weights (default: bfloat16)")
+    convert.add_argument("--force", action="store_true", help="replace DIR if it is a model folder already")
+    convert.set_defaults(run=_convert)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine and this build can do",
+        description="Print what this machine and this build can do, and what to do where something is missing.",
+    )
+    doctor.add_argument("--ops", action="store_true", help="also the table of ops, devices and dtypes")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model folder (Hugging Face layout, safetensors)")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    group.add_argument("--kv-cache-dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    group.add_argument("--max-model-len", type=int, help="longest context in tokens (default: what fits)")
+    group.add_argument("--max-num-batched-tokens", type=int, help="tokens of one step")
+    group.add_argument("--max-num-seqs", type=int, help="requests of one step")
+    group.add_argument("--kv-cache-memory-bytes", type=int, help="memory for the KV cache (default: planned)")
+    group.add_argument("--num-threads", type=int, help="threads (default: the physical cores)")
+    group.add_argument("--seed", type=int, default=0, help="seeds requests without a seed (default: 0)")
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
+    group = parser.add_argument_group("sampling (defaults: the model's generation_config.json)")
+    limit = "until the context is full" if max_tokens is None else str(max_tokens)
+    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"tokens to generate (default: {limit})")
+    group.add_argument("--temperature", type=float, help="0 = greedy")
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--min-p", type=float)
+    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--stop", action="append", help="a stop string; may be repeated")
+
+
+def _open(arguments: argparse.Namespace) -> LLM:
+    from fastserve.llm import LLM
+
+    names = ["dtype", "kv_cache_dtype", "max_model_len", "max_num_batched_tokens", "max_num_seqs"]
+    names += ["kv_cache_memory_bytes", "num_threads", "seed"]
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return LLM(arguments.model, show_progress=sys.stderr.isatty(), **options)
+
+
+def _sampling(arguments: argparse.Namespace, llm: LLM) -> SamplingParams:
+    from dataclasses import replace
+
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return replace(llm.get_default_sampling_params(), max_tokens=arguments.max_tokens, **given)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import json
+
+    prompts: list[str] = list(arguments.prompt)
+    if arguments.file:
+        with sys.stdin if arguments.file == "-" else open(arguments.file, encoding="utf-8") as lines:
+            prompts += [line.rstrip("\n") for line in lines if line.strip()]
+    if not prompts:
+        print("fastserve generate: no prompt given; use --prompt or --file", file=sys.stderr)
+        return 2
+    with _open(arguments) as llm:
+        params = _sampling(arguments, llm)
+        show = sys.stderr.isatty()
+        if arguments.chat:
+            conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            results = llm.chat(conversations, params, use_tqdm=show)
+        else:
+            results = llm.generate(prompts, params, use_tqdm=show)
+    for prompt, result in zip(prompts, results, strict=True):
+        answer = result.outputs[0]
+        if arguments.json:
+            fields: dict[str, Any] = {"prompt": prompt, "text": answer.text, "finish_reason": answer.finish_reason}
+            fields |= {
+                "prompt_tokens": len(result.prompt_token_ids),
+                "completion_tokens": len(answer.token_ids),
+            }
+            print(json.dumps(fields, ensure_ascii=False))
+        else:
+            print(prompt if arguments.chat else prompt + answer.text)
+            print((answer.text + "\n") if arguments.chat else "")
+    return int(any(result.outputs[0].finish_reason == "error" for result in results))
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from fastserve.config import RequestOutputKind
+
+    with _open(arguments) as llm:
+        params = replace(_sampling(arguments, llm), output_kind=RequestOutputKind.DELTA)
+        messages: list[dict[str, str]] = []
+        if arguments.system:
+            messages.append({"role": "system", "content": arguments.system})
+        while True:
+            try:
+                text = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                break
+            if not text.strip():
+                break
+            messages.append({"role": "user", "content": text})
+            answer = ""
+            for piece in llm.stream_chat(messages, params):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastserve.weights.gguf import convert_gguf
+
+    with tqdm(unit="tensor", desc="convert", disable=None) as bar:
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        out = convert_gguf(
+            arguments.gguf, arguments.dir, dtype=arguments.dtype, force=arguments.force, progress=progress
+        )
+    print(out)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fastserve.doctor import report
+
+    text, healthy = report(ops=arguments.ops)
+    print(text)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

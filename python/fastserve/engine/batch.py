@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a StepPlan to the flat tensors of one step, and the buffers that a step works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastserve import _native
+from fastserve.engine.scheduler import StepPlan
+from fastserve.layers import Linear
+from fastserve.model_config import ModelConfig
+
+# Blocks of a span: attention over longer contexts is cut only at multiples of it, so that results do not depend on
+# how a step's work was shared out. 512 tokens with the default block size.
+ATTENTION_SPAN = 16
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """A step's attention, planned for one window size; the same for all layers with that window."""
+
+    items: torch.Tensor  # int32 [items, 8], see csrc/plan/attention_plan.h
+    merges: torch.Tensor  # int32 [merges, 4]
+    parts: torch.Tensor  # int32 [parts]
+    workspace: torch.Tensor  # float32, partial results
+    span: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step as tensors. Rows are the step's tokens, request after request, in the plan's order."""
+
+    token_ids: torch.Tensor  # int32 [T]
+    positions: torch.Tensor  # int32 [T]
+    slot_mapping: torch.Tensor  # int32 [T], block * block_size + offset of the token's key and value
+    block_tables: torch.Tensor  # int32 [requests, longest table], -1 padded
+    attention: dict[int, AttentionWork]  # by window, 0 = none
+    row_starts: tuple[int, ...]  # each request's first row
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+
+class BatchBuilder:
+    """Makes Batches; keeps what is the same for all steps.
+
+    `windows` are the distinct attention windows of the model's layers, 0 for none.
+    """
+
+    def __init__(self, config: ModelConfig, block_size: int) -> None:
+        self.block_size = block_size
+        self.config = config
+        self.span = ATTENTION_SPAN * block_size
+        self.windows = sorted({window or 0 for window in config.layer_windows})
+        self.workspaces: dict[int, torch.Tensor] = {window: torch.empty(0) for window in self.windows}
+
+    def build(self, plan: StepPlan) -> Batch:
+        num_tokens, num_requests = plan.num_tokens, len(plan.items)
+        token_ids = np.empty(num_tokens, np.int32)
+        positions = np.empty(num_tokens, np.int32)
+        slots = np.empty(num_tokens, np.int32)
+        tables = np.full((num_requests, max(len(i.request.block_ids) for i in plan.items)), -1, np.int32)
+        query_start = np.zeros(num_requests + 1, np.int32)
+        seq_lens = np.empty(num_requests, np.int32)
+        row, size = 0, self.block_size
+        for index, item in enumerate(plan.items):
+            request, start, count = item.request, item.start, item.num_new_tokens
+            end = start + count
+            tables[index, : len(request.block_ids)] = request.block_ids
+            if count == 1:  # nearly every item of a decode-maximal step
+                token_ids[row] = request.token_ids[start]
+                positions[row] = start
+                slots[row] = request.block_ids[start // size] * size + start % size
+            else:
+                rows = slice(row, row + count)
+                where = np.arange(start, end, dtype=np.int32)
+                token_ids[rows] = request.token_ids[start:end]
+                positions[rows] = where
+                slots[rows] = tables[index, where // size] * size + where % size
+            row += count
+            query_start[index + 1] = row
+            seq_lens[index] = end
+        return Batch(
+            token_ids=torch.from_numpy(token_ids),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slots),
+            block_tables=torch.from_numpy(tables),
+            attention={window: self._plan_attention(window, query_start, seq_lens) for window in self.windows},
+            row_starts=tuple(query_start.tolist()),
+        )
+
+    def _plan_attention(self, window: int, query_start: np.ndarray, seq_lens: np.ndarray) -> AttentionWork:
+        config = self.config
+        plan = _native.AttentionPlan(
+            query_start,
+            seq_lens,
+            block_size=self.block_size,
+            span=self.span,
+            group_size=config.num_heads // config.num_kv_heads,
+            num_kv_heads=config.num_kv_heads,
+            window=window,
+            num_workers=_native.num_threads(),
+        )
+        needed = plan.workspace_floats(config.num_heads, config.head_dim)
+        if self.workspaces[window].numel() < needed:
+            self.workspaces[window] = torch.empty(needed, dtype=torch.float32)
+        return AttentionWork(
+            items=torch.from_numpy(plan.items),
+            merges=torch.from_numpy(plan.merges),
+            parts=torch.from_numpy(plan.parts),
+            workspace=self.workspaces[window],
+            span=self.span,
+        )
+
+
+class StepBuffers:
+    """All activations of a step, allocated once for `max_num_tokens` rows and cut to size per step.
+
+    `rows(num_tokens)` returns a view of the first rows of every buffer; views of the sizes in use are kept, since
+    the same sizes come back step after step.
+    """
+
+    def __init__(self, config: ModelConfig, linears: list[Linear], max_num_tokens: int, max_logit_rows: int) -> None:
+        width, head = config.hidden_size, config.head_dim
+        self.max_logit_rows = max_logit_rows
+        self.num_q, self.num_kv = config.num_heads * head, config.num_kv_heads * head
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head
+
+        def floats(rows: int, columns: int) -> torch.Tensor:
+            return torch.empty((rows, columns), dtype=torch.float32)
+
+        self.residual = floats(max_num_tokens, width)
+        self.normed = floats(max_num_tokens, width)
+        self.sublayer_out = floats(max_num_tokens, width)
+        self.qkv = floats(max_num_tokens, self.num_q + 2 * self.num_kv)
+        self.attention = floats(max_num_tokens, self.num_q)
+        self.gate_up = floats(max_num_tokens, 2 * config.intermediate_size)
+        self.gated = floats(max_num_tokens, config.intermediate_size)
+        self.logit_rows = floats(max_logit_rows, width)
+        self.logit_residual = floats(max_logit_rows, width)
+        self.logits = floats(max_logit_rows, config.vocab_size)
+        workspace_bytes = max(linear.workspace_bytes(max(max_num_tokens, max_logit_rows)) for linear in linears)
+        self.workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
+        self._views: dict[int, StepViews] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, torch.Tensor))
+
+    def rows(self, num_tokens: int) -> StepViews:
+        views = self._views.get(num_tokens)
+        if views is None:
+            views = self._views[num_tokens] = StepViews(self, num_tokens)
+        return views
+
+
+class StepViews:
+    """The buffers of a step with exactly `num_tokens` rows."""
+
+    def __init__(self, buffers: StepBuffers, num_tokens: int) -> None:
+        b, rows = buffers, slice(0, num_tokens)
+        self.residual, self.normed = b.residual[rows], b.normed[rows]
+        self.sublayer_out = b.sublayer_out[rows]
+        self.qkv = b.qkv[rows]
+        q, k, v = self.qkv.split((b.num_q, b.num_kv, b.num_kv), dim=1)
+        self.q = q.unflatten(1, (b.num_heads, b.head_dim))
+        self.k = k.unflatten(1, (b.num_kv_heads, b.head_dim))
+        self.v = v.unflatten(1, (b.num_kv_heads, b.head_dim))
+        self.attention = b.attention[rows]
+        self.attention_heads = self.attention.unflatten(1, (b.num_heads, b.head_dim))
+        self.gate_up, self.gated = b.gate_up[rows], b.gated[rows]
+        self.workspace = b.workspace

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model folder and options to an engine that is ready: the one place where the parts are put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastserve.config import EngineConfig, SamplingParams
+from fastserve.engine.engine import Engine
+from fastserve.engine.runner import ModelRunner
+from fastserve.errors import FastserveError
+from fastserve.inputs import Prompt, as_prompt
+from fastserve.model_config import ModelConfig
+from fastserve.tokenizer import Tokenizer
+
+
+@dataclass
+class LoadedEngine:
+    """An engine with what surrounds it. `close` frees the model and the cache."""
+
+    engine: Engine
+    runner: ModelRunner
+    config: EngineConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+
+    def prompt(self, given: Any, *, add_special_tokens: bool = True) -> Prompt:
+        return as_prompt(given, self.tokenizer, self.model_config.vocab_size, add_special_tokens=add_special_tokens)
+
+    def default_sampling_params(self) -> SamplingParams:
+        """The defaults of SamplingParams with what the model's generation_config.json sets."""
+        defaults = dataclasses.asdict(self.model_config.generation)
+        max_tokens = defaults.pop("max_new_tokens")
+        given = {name: value for name, value in defaults.items() if value is not None}
+        return SamplingParams(**given, **({} if max_tokens is None else {"max_tokens": max_tokens}))
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+def load_engine(
+    model: str | Path,
+    tokenizer: str | Path | None,
+    *,
+    skip_tokenizer_init: bool,
+    options: dict[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadedEngine:
+    """Options are the fields of EngineConfig. Raises FastserveError (ModelLoadError for the model folder)."""
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    if unknown := sorted(options.keys() - known):
+        raise FastserveError(f"unknown option {unknown[0]!r}; options are {', '.join(sorted(known))}")
+    config = EngineConfig(**options)
+    runner = ModelRunner(model, config, progress)
+    text_tokenizer = None if skip_tokenizer_init else Tokenizer.from_dir(tokenizer or model)
+    engine = Engine(config, runner, time.monotonic, text_tokenizer)
+    return LoadedEngine(engine, runner, config, runner.model_config, text_tokenizer)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Llama family: pre-norm decoder, rotary positions, grouped-query attention, gated SiLU MLP.
+
+Mistral (windows), Qwen2 (q/k/v bias) and Qwen3 (per-head q/k norm) are the same graph with a switch of
+ModelConfig set, so they share this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastserve._native import ops
+from fastserve.engine.batch import Batch, StepBuffers, StepViews
+from fastserve.errors import ModelLoadError
+from fastserve.layers import Linear, RMSNorm, num_bytes
+from fastserve.model_config import ModelConfig
+from fastserve.rope import cos_sin_table
+from fastserve.weights.safetensors import Checkpoint
+
+# Buffers that older checkpoints carry and that are computed here.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+class Model:
+    """Weights and forward pass. Owns its weights; borrows the batch, the KV cache and the buffers of a step."""
+
+    architectures = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        max_model_len: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Load and pack the weights as `dtype`; `progress(layers done, layers)` is called after each layer.
+
+        Raises ModelLoadError naming tensors that are missing, unexpected or of the wrong shape.
+        """
+        self.config = config
+        weights = _Weights(checkpoint, dtype)
+        width, head = config.hidden_size, config.head_dim
+        self.embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
+        self.layers = []
+        for index in range(config.num_layers):
+            self.layers.append(_Layer(config, weights, index))
+            if progress is not None:
+                progress(index + 1, config.num_layers)
+        self.norm = RMSNorm(weights.take("model.norm.weight", (width,)), config.rms_norm_eps)
+        if config.tie_word_embeddings:
+            weights.drop("lm_head.weight")
+            self.lm_head = Linear(self.embedding)
+        else:
+            self.lm_head = Linear(weights.take("lm_head.weight", (config.vocab_size, width)))
+        weights.check_all_taken()
+        self.cos_sin = cos_sin_table(config.rope, head, max_model_len)
+
+    @property
+    def num_bytes(self) -> int:
+        layers = sum(layer.num_bytes for layer in self.layers)
+        return layers + num_bytes(self.embedding) + self.lm_head.num_bytes + num_bytes(self.cos_sin)
+
+    def linears(self) -> Iterator[Linear]:
+        for layer in self.layers:
+            yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
+        yield self.lm_head
+
+    def forward(self, batch: Batch, kv_cache: list[torch.Tensor], views: StepViews) -> None:
+        """Compute all rows of the batch and write their keys and values to the cache. Leaves the hidden states in
+        `views.residual` and `views.sublayer_out`, not yet added, for `logits`."""
+        ops.embedding(views.residual, batch.token_ids, self.embedding)
+        views.sublayer_out.zero_()
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            layer.forward(batch, cache, self.cos_sin, views)
+
+    def logits(self, rows: torch.Tensor, views: StepViews, buffers: StepBuffers) -> torch.Tensor:
+        """The logits of some rows (int64 [R], R <= buffers.max_logit_rows) of the step just computed:
+        float32 [R, vocab_size], valid until the next call."""
+        num_rows = rows.shape[0]
+        hidden, residual = buffers.logit_rows[:num_rows], buffers.logit_residual[:num_rows]
+        torch.index_select(views.sublayer_out, 0, rows, out=hidden)
+        torch.index_select(views.residual, 0, rows, out=residual)
+        self.norm(hidden, hidden, residual)
+        logits = buffers.logits[:num_rows]
+        self.lm_head(logits, hidden, buffers.workspace)
+        return logits
+
+
+class _Layer:
+    def __init__(self, config: ModelConfig, weights: _Weights, index: int) -> None:
+        width, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
+        num_q, num_kv = config.num_heads * head, config.num_kv_heads * head
+        prefix = f"model.layers.{index}."
+        attention, feed_forward = prefix + "self_attn.", prefix + "mlp."
+
+        self.input_norm = RMSNorm(weights.take(prefix + "input_layernorm.weight", (width,)), config.rms_norm_eps)
+        self.post_norm = RMSNorm(
+            weights.take(prefix + "post_attention_layernorm.weight", (width,)), config.rms_norm_eps
+        )
+        qkv = [(attention + "q_proj", num_q), (attention + "k_proj", num_kv), (attention + "v_proj", num_kv)]
+        self.qkv = weights.linear(qkv, width, config.qkv_bias)
+        self.o = weights.linear([(attention + "o_proj", width)], num_q, config.o_bias)
+        gate_up = [(feed_forward + "gate_proj", mlp), (feed_forward + "up_proj", mlp)]
+        self.gate_up = weights.linear(gate_up, width, config.mlp_bias)
+        self.down = weights.linear([(feed_forward + "down_proj", width)], mlp, config.mlp_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = weights.take(attention + "q_norm.weight", (head,)).to(torch.float32).contiguous()
+            self.k_norm = weights.take(attention + "k_norm.weight", (head,)).to(torch.float32).contiguous()
+        self.eps = config.rms_norm_eps
+        self.scale = head**-0.5
+        self.window = config.layer_windows[index] or 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(linear.num_bytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+
+    def forward(self, batch: Batch, cache: torch.Tensor, cos_sin: torch.Tensor, views: StepViews) -> None:
+        residual, normed, out, workspace = views.residual, views.normed, views.sublayer_out, views.workspace
+        self.input_norm(normed, out, residual)
+        self.qkv(views.qkv, normed, workspace)
+        ops.rope_kv_write(
+            views.q, views.k, views.v, batch.positions, batch.slot_mapping, cos_sin, cache,
+            self.q_norm, self.k_norm, self.eps,
+        )  # fmt: skip
+        work = batch.attention[self.window]
+        ops.attention(
+            views.attention_heads, views.q, cache, batch.block_tables, work.items, work.merges, work.parts,
+            work.workspace, self.scale, work.span, self.window,
+        )  # fmt: skip
+        self.o(out, views.attention, workspace)
+        self.post_norm(normed, out, residual)
+        self.gate_up(views.gate_up, normed, workspace)
+        ops.silu_mul(views.gated, views.gate_up)
+        self.down(out, views.gated, workspace)
+
+
+class _Weights:
+    """Takes tensors out of a checkpoint one by one, so that what is left over can be named."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.left = {name for name in checkpoint.names() if not name.endswith(IGNORED_SUFFIXES)}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in self.checkpoint:
+            raise ModelLoadError(f"the checkpoint has no tensor {name!r} (expected shape {list(shape)})")
+        if self.checkpoint.shape(name) != shape:
+            raise ModelLoadError(
+                f"tensor {name!r} has shape {list(self.checkpoint.shape(name))}; config.json asks for {list(shape)}"
+            )
+        tensor = self.checkpoint.tensor(name)
+        if not tensor.is_floating_point():
+            raise ModelLoadError(f"tensor {name!r} is {tensor.dtype}; expected float32, float16 or bfloat16")
+        self.left.discard(name)
+        return tensor.to(self.dtype)
+
+    def linear(self, parts: list[tuple[str, int]], in_features: int, bias: bool) -> Linear:
+        """Projections of the same input as one Linear, their outputs side by side in the order given."""
+        weights = [self.take(f"{name}.weight", (rows, in_features)) for name, rows in parts]
+        biases = [self.take(f"{name}.bias", (rows,)) for name, rows in parts] if bias else []
+        return Linear(torch.cat(weights), torch.cat(biases) if bias else None)
+
+    def drop(self, name: str) -> None:
+        self.left.discard(name)
+
+    def check_all_taken(self) -> None:
+        if self.left:
+            names = sorted(self.left)
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise ModelLoadError(
+                f"the checkpoint holds {len(names)} tensors that this architecture does not use: {shown}"
+            )
