@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from fastserve import chat_template
 from fastserve.chat_template import RESERVED, check_template_kwargs, render_chat
 from fastserve.errors import InvalidRequest
 from fastserve.tokenizer import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 CHATML = """{% for message in messages %}
 {% if loop.first and message['role'] != 'system' %}

@@ -4,6 +4,9 @@
 import threading
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from fake_device import ByteDetokenizer, ByteTokenizer, FakeDevice, generate_alone
 from fastserve.config import EngineConfig, RequestOutputKind, SamplingParams
 from fastserve.engine.engine import Engine
@@ -11,8 +14,6 @@ from fastserve.engine.scheduler import Scheduler
 from fastserve.errors import InvalidRequest, QueueFull
 from fastserve.outputs import SampledToken
 from fastserve.policies import get_policy
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scheduler_harness import KV_FACTORIES
 
 FINAL = RequestOutputKind.FINAL_ONLY

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from fastserve._native import BlockPool, NativeError, OutOfBlocks, PrefixTree
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fastserve._native import BlockPool, NativeError, OutOfBlocks, PrefixTree
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 8

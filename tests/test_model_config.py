@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
+
 from fastserve.errors import ModelLoadError
 from fastserve.model_config import ARCHITECTURES, GenerationDefaults, ModelConfig, RopeConfig
-from transformers import AutoConfig
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,9 +72,7 @@ def test_both_spellings_give_the_same_config(tmp_path: Path) -> None:
 
 
 def test_plain_llama(tmp_path: Path) -> None:
-    model = ModelConfig.from_dir(
-        write(tmp_path, config(rope_scaling=None, head_dim=None, quantization_config=None))
-    )
+    model = ModelConfig.from_dir(write(tmp_path, config(rope_scaling=None, head_dim=None, quantization_config=None)))
     assert (model.num_heads, model.num_kv_heads, model.head_dim) == (9, 3, 64)
     assert model.rope == RopeConfig(theta=10000.0, original_max_position_embeddings=8192)
     assert model.layer_windows == (None,) * 30
@@ -119,18 +118,14 @@ def test_llama_1_without_kv_heads_has_one_per_query_head() -> None:
         ),
     ],
 )
-def test_features_of_the_families(
-    architecture: str, changes: dict[str, Any], expected: dict[str, Any]
-) -> None:
+def test_features_of_the_families(architecture: str, changes: dict[str, Any], expected: dict[str, Any]) -> None:
     model = read(architecture, **changes)
     for name, value in expected.items():
         assert getattr(model, name) == value, name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_files_that_transformers_writes_and_what_it_reads_from_them(
-    tmp_path: Path, architecture: str
-) -> None:
+def test_files_that_transformers_writes_and_what_it_reads_from_them(tmp_path: Path, architecture: str) -> None:
     raw = config(architecture, rope_theta=77777.0, use_sliding_window=True, max_window_layers=3)
     if architecture != "LlamaForCausalLM":
         raw["sliding_window"] = 100
@@ -284,9 +279,7 @@ def test_unsupported_in_one_family(architecture: str, changes: dict[str, Any], m
 
 
 def test_yarn_with_a_null_factor_takes_the_ratio_of_the_contexts() -> None:
-    rope = read(
-        rope_parameters={"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 2048}
-    ).rope
+    rope = read(rope_parameters={"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 2048}).rope
     assert rope.factor == 4.0
 
 
@@ -311,9 +304,7 @@ def test_code_beside_the_weights_is_never_imported(tmp_path: Path, monkeypatch: 
     auto_map = {"AutoConfig": "modeling_canary.Model", "AutoModelForCausalLM": "modeling_canary.Model"}
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    folder = write(
-        tmp_path, config(auto_map=auto_map, custom_generate="modeling_canary"), {"auto_map": auto_map}
-    )
+    folder = write(tmp_path, config(auto_map=auto_map, custom_generate="modeling_canary"), {"auto_map": auto_map})
     assert ModelConfig.from_dir(folder).num_layers == 30
     assert "modeling_canary" not in sys.modules
     assert not canary.exists()

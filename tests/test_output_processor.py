@@ -4,12 +4,13 @@
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fake_device import ByteDetokenizer, ByteTokenizer, ScriptedDevice
 from fastserve.config import EngineConfig, RequestOutputKind, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.engine.stop_strings import StopMatcher
-from hypothesis import given
-from hypothesis import strategies as st
 
 DELTA, CUMULATIVE, FINAL = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastserve.model_config import ModelConfig, RopeConfig
-from fastserve.rope import attention_scaling, cos_sin_table, inverse_frequencies
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from fastserve.model_config import ModelConfig, RopeConfig
+from fastserve.rope import attention_scaling, cos_sin_table, inverse_frequencies
 
 LLAMA3 = {
     "rope_type": "llama3",

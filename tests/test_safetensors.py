@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastserve.errors import ModelLoadError
-from fastserve.weights.safetensors import DTYPES, Checkpoint, open_checkpoint, read_header
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from fastserve.errors import ModelLoadError
+from fastserve.weights.safetensors import DTYPES, Checkpoint, open_checkpoint, read_header
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

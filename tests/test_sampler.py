@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from fastserve.config import SamplingParams
-from fastserve.engine.sampler import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken, Sampler
+from fastserve.engine.sampler import Sampler
+from fastserve.outputs import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken
 from fastserve.request import Request
 from sampling_reference import RowParams, in_order, log_softmax, sample_row
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fastserve import _native
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastserve import _native
 from sampling_reference import RowParams, arguments_of, kept, philox4x32, sample_row
 
 

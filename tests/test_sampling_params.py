@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+
 from fastserve.config import EngineConfig, RequestOutputKind, SamplingParams
 from fastserve.errors import FastserveError, InvalidRequest
 from fastserve.policies import get_policy, policy_names

@@ -4,13 +4,14 @@
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fake_device import generate_alone
 from fastserve.config import SamplingParams
 from fastserve.engine.waiting import WaitingQueue
 from fastserve.errors import InvalidRequest, QueueFull
 from fastserve.request import Request, RequestStatus
-from hypothesis import given
-from hypothesis import strategies as st
 from scheduler_harness import KV_FACTORIES, Harness
 
 

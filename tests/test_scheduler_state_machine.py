@@ -2,11 +2,12 @@
 """Random lives of a scheduler: whatever arrives, ends or fails, every step keeps every promise."""
 
 import pytest
-from fastserve.config import SamplingParams
-from fastserve.errors import InvalidRequest, QueueFull
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fastserve.config import SamplingParams
+from fastserve.errors import InvalidRequest, QueueFull
 from scheduler_harness import KV_FACTORIES, Harness
 
 # Two letters and few lengths: prompts share prefixes, and outputs of different requests meet in the tree.

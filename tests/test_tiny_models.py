@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from fastserve.model_config import ModelConfig
 from fastserve.tokenizer import Tokenizer
 from fastserve.weights.safetensors import open_checkpoint
 from tiny_models import ARCHITECTURES, ROPES, make_tiny_checkpoint
-from transformers import AutoModelForCausalLM
 
 FOLDERS: list[tuple[str, dict[str, Any]]] = [
     *((architecture, {"rope": rope}) for architecture in ARCHITECTURES for rope in ROPES),

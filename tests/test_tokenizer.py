@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import tokenizers
-from fastserve.errors import InvalidRequest, ModelLoadError
-from fastserve.tokenizer import IncrementalDetokenizer, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEXT, byte_level_tokenizer, sentencepiece_tokenizer, write_tokenizer
 from tokenizers import AddedToken, decoders, models
 from transformers import AutoTokenizer
+
+from fastserve.errors import InvalidRequest, ModelLoadError
+from fastserve.tokenizer import IncrementalDetokenizer, Tokenizer
+from tiny_models import TEXT, byte_level_tokenizer, sentencepiece_tokenizer, write_tokenizer
 
 MIXED = "12345 über naïve 你好世界 👩‍👩‍👧 🙂 <|im_end|>\n\t x  y é \u200d"
 
@@ -83,16 +84,12 @@ def test_any_bytes(kind: str) -> None:
         id_of_byte = {tokenizer.token_bytes(i): i for i in range(5, 5 + 256)}
         byte_ids = [id_of_byte[bytes([byte])] for byte in range(256)]
     letter = tokenizer.token_to_id("a")
-    chunk = st.one_of(
-        st.binary(max_size=6), st.text(max_size=3).map(lambda text: text.encode("utf-8")), st.none()
-    )
+    chunk = st.one_of(st.binary(max_size=6), st.text(max_size=3).map(lambda text: text.encode("utf-8")), st.none())
 
     @settings(max_examples=400, deadline=None, database=None)
     @given(chunks=st.lists(chunk, max_size=8))
     def check(chunks: list[bytes | None]) -> None:
-        ids = [
-            i for part in chunks for i in ([letter] if part is None else [byte_ids[byte] for byte in part])
-        ]
+        ids = [i for part in chunks for i in ([letter] if part is None else [byte_ids[byte] for byte in part])]
         assert incremental(tokenizer, ids, True) == tokenizer.decode(ids)
 
     check()
@@ -159,9 +156,7 @@ def test_the_cost_per_token_does_not_grow(kind: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace"])
-@pytest.mark.parametrize(
-    "flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}]
-)
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
 def test_special_tokens_around_a_text(tmp_path: Path, kind: str, flags: dict[str, bool]) -> None:
     tokenizer = Tokenizer.from_dir(write_tokenizer(tmp_path, BUILDERS[kind](), **flags))
     inner = tokenizer.encode("over the", add_special_tokens=False)
@@ -186,9 +181,7 @@ def test_same_ids_as_transformers(tmp_path: Path, kind: str) -> None:
         assert tokenizer.encode(text) == reference(text)["input_ids"], text
         ids = tokenizer.encode(text, add_special_tokens=False)
         for skip in (True, False):
-            reference_text = reference.decode(
-                ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
-            )
+            reference_text = reference.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             assert tokenizer.decode(ids, skip) == reference_text
 
 
