@@ -35,6 +35,7 @@ void cp_async(Warp& w, const Inst& i) {
   c.warp = w.index;
   c.lanes = w.mask;
   c.pc = w.pc;
+  c.sequence = block.async.next_sequence++;
   c.size = static_cast<uint8_t>(i.target);
   // destination
   uint64_t to[kLanes], from[kLanes];
@@ -158,17 +159,30 @@ void wait_all(Warp& w, const Inst&) {
 
 // The thread's copies so far will arrive at the mbarrier when they are complete: here, at once or at the
 // latest moment, which is when the block cannot go on otherwise (advance_bulk).
-void signal_mbarrier(Block& block, uint32_t thread, uint32_t offset) {
+void signal_mbarrier(Block& block, uint32_t thread, uint32_t offset, uint64_t before) {
   const uint32_t warp = thread / kLanes;
   const int lane = static_cast<int>(thread % kLanes);
   for (auto& c : block.async.by_warp[warp]) {
-    if (((c.lanes >> lane) & 1) == 0) continue;
+    if (((c.lanes >> lane) & 1) == 0 || c.sequence >= before) continue;
     if (!c.landed) write_lane(block, c, lane);
     if (block.race && config().check_race)
       block.race->copy_signals(warp, thread, c.destination[lane], c.size, offset);
     c.lanes &= ~(1u << lane);
   }
   mbarrier_arrive_async(block, offset);
+}
+// Arrivals of one thread happen in order, for each stands for all of the thread's copies before it.
+void signal_earlier(Block& block, uint32_t thread, uint64_t before) {
+  auto& waits = block.async.barrier_waits;
+  for (size_t k = 0; k < waits.size();) {
+    const AsyncCopies::BarrierWait wait = waits[k];
+    if (wait.thread != thread || wait.sequence >= before) {
+      ++k;
+      continue;
+    }
+    waits.erase(waits.begin() + static_cast<std::ptrdiff_t>(k));
+    signal_mbarrier(block, thread, wait.offset, wait.sequence);
+  }
 }
 void mbarrier_arrive(Warp& w, const Inst& i) {
   Block& block = *w.block;
@@ -192,10 +206,12 @@ void mbarrier_arrive(Warp& w, const Inst& i) {
       s.expect_more(1);
       std::memcpy(block.shared + offset, &s.word, 8);
     }
-    if (lands_now(*w.launch))
-      signal_mbarrier(block, thread, offset);
-    else
-      block.async.barrier_waits.emplace_back(offset, thread);
+    if (lands_now(*w.launch)) {
+      signal_earlier(block, thread, block.async.next_sequence);
+      signal_mbarrier(block, thread, offset, block.async.next_sequence);
+    } else {
+      block.async.barrier_waits.push_back({offset, thread, block.async.next_sequence});
+    }
   }
 }
 
@@ -326,9 +342,10 @@ bool advance_bulk(Block& block) {
   if (choices == 0) return false;
   const size_t pick = config().seed != 0 ? static_cast<size_t>(block.launch->random.below(choices)) : 0;
   if (pick < waits.size()) {
-    const auto [offset, thread] = waits[pick];
+    const auto wait = waits[pick];
     waits.erase(waits.begin() + static_cast<std::ptrdiff_t>(pick));
-    signal_mbarrier(block, thread, offset);
+    signal_earlier(block, wait.thread, wait.sequence);
+    signal_mbarrier(block, wait.thread, wait.offset, wait.sequence);
   } else {
     const PendingBulk b = block.async.bulk[pick - waits.size()];
     block.async.bulk.erase(block.async.bulk.begin() + static_cast<std::ptrdiff_t>(pick - waits.size()));

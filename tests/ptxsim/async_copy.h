@@ -13,6 +13,7 @@ namespace ptxsim {
 // One warp-wide cp.async whose bytes have not been declared complete yet.
 struct PendingCopy {
   uint32_t warp = 0, lanes = 0, pc = 0;
+  uint64_t sequence = 0;  // copies of a block, in the order of issue
   uint8_t size = 0;
   bool landed = false;                // early mode: the bytes are already there
   uint32_t group[kLanes] = {};        // commit group, per lane
@@ -35,8 +36,12 @@ struct AsyncCopies {
   std::vector<uint32_t> group;       // by thread: number of the open cp.async group
   std::vector<uint32_t> bulk_group;  // by thread: number of the open bulk group
   std::deque<PendingBulk> bulk;
-  std::vector<std::pair<uint32_t, uint32_t>>
-      barrier_waits;  // mbarrier offset, thread: cp.async.mbarrier.arrive not yet triggered
+  struct BarrierWait {  // a cp.async.mbarrier.arrive that has not been triggered yet
+    uint32_t offset, thread;
+    uint64_t sequence;  // it stands for the copies issued before it
+  };
+  std::vector<BarrierWait> barrier_waits;
+  uint64_t next_sequence = 0;
 
   void reset(size_t warps) {
     by_warp.assign(warps, {});

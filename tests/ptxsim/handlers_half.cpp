@@ -184,7 +184,7 @@ COMPARE(nan, !(a == a && b == b))
 #define FORMAT_ENTRIES(type, F, N)                                                                        \
   ARITHMETIC("add", add, type, F, N)                                                                      \
   ARITHMETIC("sub", sub, type, F, N)                                                                      \
-      ARITHMETIC("mul", mul, type, F, N){"fma." type, fma<F, N, false, false, false>},                    \
+  ARITHMETIC("mul", mul, type, F, N){"fma." type, fma<F, N, false, false, false>},                        \
       {"fma.ftz." type, fma<F, N, true, false, false>}, {"fma.sat." type, fma<F, N, false, true, false>}, \
       {"fma.ftz.sat." type, fma<F, N, true, true, false>},                                                \
       {"fma.relu." type, fma<F, N, false, false, true>},                                                  \
