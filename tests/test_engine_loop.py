@@ -53,7 +53,7 @@ def drain(engine):
     while engine.has_work:
         outputs += engine.step()
     assert engine.stats.num_used_blocks == 0
-    engine._scheduler.check()
+    engine.scheduler.check()
     return {output.request_id: output for output in outputs if output.finished}
 
 
@@ -158,7 +158,7 @@ def test_one_of_n_may_end_alone(kv):
     engine, _ = make_engine(kv)
     engine.add_request("a", [1, 2, 3, 4, 5], params(n=3))
     engine.step()
-    engine._scheduler.abort("a#1")
+    engine.scheduler.abort("a#1")
     engine.abort("a")
     (output,) = engine.step()
     assert [c.finish_reason for c in output.outputs] == ["abort"] * 3
