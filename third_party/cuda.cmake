@@ -34,8 +34,6 @@ if(FASTSERVE_CUDA)
               NO_DEFAULT_PATH)
     find_library(CUDA_RUNTIME_STATIC libcudart_static.a
                  HINTS ${cuda_root} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib NO_DEFAULT_PATH)
-    find_library(CUDA_CULIBOS_STATIC libculibos.a
-                 HINTS ${cuda_root} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib NO_DEFAULT_PATH)
   endif()
   if(FASTSERVE_NVCC AND CUDA_RUNTIME_STATIC)
     set(FASTSERVE_HAS_CUDA ON)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 from op_cases import Arguments, Expected, OpCase, empty, normal, widen_rows
 
 EPS = 1e-5

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from fastserve import _native
 
 ROOT = Path(__file__).resolve().parents[2]

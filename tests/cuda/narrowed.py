@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+
 from op_cases import Arguments, OpCase
 
 # The arguments of each op that share the activations' format. In cases of these ops in a narrow format the weights

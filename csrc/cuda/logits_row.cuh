@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One row of logits, read by one block of kRowThreads threads: thread i has the quads i, i + kRowThreads, ...
+// of four neighbouring tokens, however the row is aligned. A quad is one 16-byte access and one Philox block.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/reduce.cuh"
+#include "layout/sampling.h"
+
+namespace fs::cuda {
+
+inline constexpr int kRowThreads = 1024;
+inline constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+struct Quad {
+  float x[4];
+};
+
+struct LogitsRow {
+  const float* logits;
+  int vocab;
+  bool aligned;  // to 16 bytes
+
+  __device__ __forceinline__ int num_quads() const { return (vocab + 3) / 4; }
+
+  // Past the end of the vocabulary: -infinity.
+  __device__ __forceinline__ Quad quad(int index) const {
+    const int id = 4 * index;
+    if (aligned && id + 4 <= vocab) {
+      const float4 all = *reinterpret_cast<const float4*>(logits + id);
+      return {{all.x, all.y, all.z, all.w}};
+    }
+    Quad q;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q.x[i] = id + i < vocab ? logits[id + i] : kMinusInfinity;
+    return q;
+  }
+
+  // f(quad index, quad) for this thread's quads.
+  template <class F>
+  __device__ __forceinline__ void visit(const F& f) const {
+    for (int index = static_cast<int>(threadIdx.x); index < num_quads(); index += kRowThreads)
+      f(index, quad(index));
+  }
+};
+
+// Orders tokens by logit descending, then id ascending: larger comes first. All keys of a row differ.
+__device__ __forceinline__ uint64_t token_key(float logit, int id) {
+  return static_cast<uint64_t>(order_key(logit)) << 32 | static_cast<uint32_t>(~id);
+}
+__device__ __forceinline__ int id_of_key(uint64_t key) {
+  return static_cast<int>(~static_cast<uint32_t>(key));
+}
+__device__ __forceinline__ float logit_of_key(uint64_t key) {
+  return float_from_order_key(static_cast<uint32_t>(key >> 32));
+}
+
+__device__ __forceinline__ bool is_sound(float logit) {
+  return logit <= kLargestFloat;  // false for NaN and +infinity
+}
+
+__device__ __forceinline__ uint64_t block_max_key(uint64_t key, uint64_t* scratch) {
+  return block_reduce(key, uint64_t{0}, scratch, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+}
+
+// What one pass over a row finds.
+struct RowScan {
+  uint64_t best;  // the key of the first token in the order
+  float own_max;  // of this thread's tokens: the maxima are kRowThreads different tokens' logits
+  bool sound;     // no NaN and no +infinity
+};
+
+__device__ __forceinline__ RowScan scan_row(const LogitsRow& row, uint64_t* scratch) {
+  float own_max = kMinusInfinity;
+  int own_id = 0x7fffffff;
+  bool sound = true;
+  row.visit([&](int index, const Quad& quad) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sound = sound && is_sound(quad.x[i]);
+      if (quad.x[i] > own_max) {
+        own_max = quad.x[i];
+        own_id = 4 * index + i;
+      }
+    }
+  });
+  const bool all_sound = __syncthreads_and(sound ? 1 : 0) != 0;
+  return {block_max_key(token_key(own_max, own_id), scratch), own_max, all_sound};
+}
+
+}  // namespace fs::cuda
