@@ -16,8 +16,9 @@ namespace fs::FS_ISA {
 
 namespace {
 
+// Tokens in a register tile, and vectors of output rows beside that many tokens.
 #if defined(FS_SIMD_AVX512)
-constexpr int kMaxTokens = 12;  // 2 x 12 accumulators of 32 registers
+constexpr int kMaxTokens = 6;  // 2 x 6 accumulators: a whole panel, and enough chains for the latency
 constexpr int vectors_of(int) {
   return 2;
 }
@@ -33,9 +34,11 @@ constexpr int vectors_of(int num_tokens) {
 }
 #endif
 
-constexpr int64_t kBlockBytes = 192 * 1024;  // activations of a block of tokens
-constexpr int64_t kMaxChunks = 32;           // panel ranges per block of tokens
-constexpr int64_t kMinChunkWork = 1 << 15;   // multiply-adds below which a range is not worth handing out
+constexpr int64_t kBlockBytes = 192 * 1024;  // activations of a block of tokens: they stay in L2
+constexpr int64_t kBlockDepth = 256;         // k between which several tiles share weights in L1
+constexpr int64_t kMaxRanges = 32;           // panel ranges per block of tokens
+constexpr int64_t kMinPanels = 2;            // of a range: the second is prefetched while the first computes
+constexpr int64_t kMinRangeWork = 1 << 15;   // multiply-adds below which a range is not worth handing out
 
 template <class W, class X>
 struct Product {
@@ -47,36 +50,72 @@ struct Product {
   const float* bias;
   int64_t num_tokens, num_rows, depth;
 
-  // One panel for tokens [begin, begin + M).
+  struct Span {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+  };
+
+  // Part i of `count` parts of [0, total), equal give or take one.
+  static Span part(int64_t total, int64_t count, int64_t i) {
+    return {total * i / count, total * (i + 1) / count};
+  }
+
+  // Weights that a tile asks for on its way.
+  struct Later {
+    const char* begin;
+    int64_t bytes;
+  };
+
   template <int M>
-  void panel_tile(int64_t panel, int64_t begin) const {
+  void tile_rows(int64_t panel, int64_t token, Span k, Later later) const {
     constexpr int R = vectors_of(M);
-    constexpr bool paired = std::is_same_v<W, bf16>;
-    const W* w = packed + panel * kPanelRows * padded_depth(depth);
-    for (int64_t row = 0; row < kPanelRows; row += R * kLanes) {
-      const int64_t n = panel * kPanelRows + row;
+    constexpr int64_t kPasses = kPanelRows / (R * kLanes);
+    constexpr int64_t kDepthStep = std::is_same_v<W, bf16> ? 2 : 1;
+    const int64_t steps = k.size() > kDepthStep ? (k.size() + kDepthStep - 1) / kDepthStep : 1;
+    for (int64_t pass = 0; pass < kPasses; ++pass) {
+      const int64_t n = panel * kPanelRows + pass * R * kLanes;
       if (n >= num_rows) break;
-      linear_tile<R, M>(out + begin * out_stride + n, out_stride, w + row * (paired ? 2 : 1),
-                        x + begin * x_stride, x_stride, depth, bias == nullptr ? nullptr : bias + n,
-                        num_rows - n);
+      linear_tile<R, M>(Tile<W, X>{
+          .out = out + token * out_stride + n,
+          .out_stride = out_stride,
+          .num_rows = num_rows - n,
+          .w = packed + panel_offset(n, k.begin, depth, std::is_same_v<W, bf16>),
+          .x = x + token * x_stride + k.begin,
+          .x_stride = x_stride,
+          .depth = k.size(),
+          .resume = k.begin > 0,
+          .bias = bias == nullptr || k.end < depth ? nullptr : bias + n,
+          .later = {later.begin + later.bytes / kPasses * pass, later.bytes / (kPasses * steps)},
+      });
     }
   }
 
   template <int M = kMaxTokens>
-  void dispatch(int64_t panel, int64_t begin, int64_t count) const {
+  void tile_tokens(int64_t panel, Span tokens, Span k, Later later) const {
     if constexpr (M > 1) {
-      if (count < M) return dispatch<M - 1>(panel, begin, count);
+      if (tokens.size() < M) return tile_tokens<M - 1>(panel, tokens, k, later);
     }
-    panel_tile<M>(panel, begin);
+    tile_rows<M>(panel, tokens.begin, k, later);
   }
 
-  // Tokens [begin, end) in tiles of equal size, give or take one.
-  void panel_rows(int64_t panel, int64_t begin, int64_t end) const {
-    const int64_t count = end - begin;
-    const int64_t num_tiles = (count + kMaxTokens - 1) / kMaxTokens;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t from = begin + count * tile / num_tiles;
-      dispatch(panel, from, begin + count * (tile + 1) / num_tiles - from);
+  // The panels of a range for a block of tokens. Together the tiles that share weights prefetch the next
+  // panel's, so that memory and multipliers work at the same time.
+  void multiply_range(Span panels, Span tokens) const {
+    const int64_t num_tiles = (tokens.size() + kMaxTokens - 1) / kMaxTokens;
+    const int64_t step = num_tiles > 1 ? kBlockDepth : depth;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      for (int64_t k = 0; k == 0 || k < depth; k += step) {
+        const Span range{k, k + step < depth ? k + step : depth};
+        const int64_t next = panel + 1 < panels.end ? panel + 1 : panel;
+        const auto* weights =
+            reinterpret_cast<const char*>(packed + kPanelRows * (next * padded_depth(depth) + range.begin));
+        const int64_t bytes = range.size() * kPanelRows * static_cast<int64_t>(sizeof(W)) / num_tiles;
+        for (int64_t i = 0; i < num_tiles; ++i) {
+          const Span tile = part(tokens.size(), num_tiles, i);
+          tile_tokens(panel, {tokens.begin + tile.begin, tokens.begin + tile.end}, range,
+                      {weights + i * bytes, bytes});
+        }
+      }
     }
   }
 
@@ -88,17 +127,14 @@ struct Product {
     const int64_t num_blocks = (num_tokens + block - 1) / block;
 
     const int64_t panel_work = kPanelRows * (depth + 1) * (num_tokens < block ? num_tokens : block);
-    int64_t per_chunk = (panels + kMaxChunks - 1) / kMaxChunks;
-    if (per_chunk * panel_work < kMinChunkWork) per_chunk = kMinChunkWork / panel_work + 1;
-    const int64_t num_ranges = (panels + per_chunk - 1) / per_chunk;
+    int64_t per_range = (panels + kMaxRanges - 1) / kMaxRanges;
+    if (per_range < kMinPanels) per_range = kMinPanels;
+    if (per_range * panel_work < kMinRangeWork) per_range = kMinRangeWork / panel_work + 1;
+    const int64_t num_ranges = (panels + per_range - 1) / per_range;
 
     pool().parallel_for(num_blocks * num_ranges, [&](int64_t chunk, int) {
-      const int64_t at = chunk / num_ranges;
-      const int64_t range = chunk % num_ranges;
-      const int64_t begin = num_tokens * at / num_blocks;
-      const int64_t end = num_tokens * (at + 1) / num_blocks;
-      const int64_t last = panels * (range + 1) / num_ranges;
-      for (int64_t panel = panels * range / num_ranges; panel < last; ++panel) panel_rows(panel, begin, end);
+      multiply_range(part(panels, num_ranges, chunk % num_ranges),
+                     part(num_tokens, num_blocks, chunk / num_ranges));
     });
   }
 };

@@ -67,6 +67,18 @@ template <int N, class F>
 #endif
 }
 
+// Weights that will be read later, asked for while a tile computes: kBytes at `p`, which then moves on.
+struct Prefetch {
+  const char* p;
+  int64_t step;
+
+  template <int kBytes>
+  [[gnu::always_inline]] void next() {
+    each<(kBytes + 63) / 64>([&](auto line) FS_INLINE { __builtin_prefetch(p + line.value * 64, 0, 2); });
+    p += step;
+  }
+};
+
 // acc[r * M + m] += weights[r] * x[m], one k of M tokens whose rows are x_stride apart.
 template <int R, int M>
 [[gnu::always_inline]] inline void multiply_one(vf (&acc)[R * M], const vf (&weights)[R], const float* x,
@@ -81,8 +93,9 @@ template <int R, int M>
 template <int R, int M, class W>
   requires(!std::is_same_v<W, bf16>)
 [[gnu::always_inline]] inline void multiply(vf (&acc)[R * M], const W* w, const float* x, int64_t x_stride,
-                                            int64_t depth) {
+                                            int64_t depth, Prefetch later) {
   for (int64_t k = 0; k < depth; ++k, w += kPanelRows) {
+    later.next<R * kLanes* int{sizeof(W)}>();
     vf weights[R];
     each<R>([&](auto r) FS_INLINE { weights[r.value] = load(w + r.value * kLanes); });
     multiply_one<R, M>(acc, weights, x + k, x_stride);
@@ -92,7 +105,7 @@ template <int R, int M, class W>
 // bfloat16 weights, [k / 2][32][2].
 template <int R, int M>
 [[gnu::always_inline]] inline void multiply(vf (&acc)[R * M], const bf16* w, const float* x, int64_t x_stride,
-                                            int64_t depth) {
+                                            int64_t depth, Prefetch later) {
   const auto even = [&](int64_t k) FS_INLINE {
     vf weights[R];
     each<R>([&](auto r) FS_INLINE { weights[r.value] = even_of_pairs(w + r.value * 2 * kLanes); });
@@ -100,6 +113,7 @@ template <int R, int M>
   };
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2, w += 2 * kPanelRows) {
+    later.next<R * kLanes * 4>();
     even(k);
     vf weights[R];
     each<R>([&](auto r) FS_INLINE { weights[r.value] = odd_of_pairs(w + r.value * 2 * kLanes); });
@@ -112,8 +126,9 @@ template <int R, int M>
 // bfloat16 weights times bfloat16 activations, padded with a zero to an even depth: two k per instruction.
 template <int R, int M>
 [[gnu::always_inline]] inline void multiply(vf (&acc)[R * M], const bf16* w, const bf16* x, int64_t x_stride,
-                                            int64_t depth) {
+                                            int64_t depth, Prefetch later) {
   for (int64_t k = 0; k < depth; k += 2, w += 2 * kPanelRows) {
+    later.next<R * kLanes * 4>();
     __m512i weights[R];
     each<R>([&](auto r) FS_INLINE { weights[r.value] = _mm512_loadu_si512(w + r.value * 2 * kLanes); });
     each<M>([&](auto m) FS_INLINE {
@@ -129,28 +144,54 @@ template <int R, int M>
 }
 #endif
 
-// out[m][n] for M tokens and the R * kLanes output rows from `w` on, of which num_rows exist.
+inline vf load_rows(const float* p, int count) {
+  return count == kLanes ? load(p) : load_first(p, count);
+}
+
+// What a tile computes: out[m][n] for M tokens and R * kLanes output rows, over a range of k.
+template <class W, class X>
+struct Tile {
+  float* out;
+  int64_t out_stride;
+  int64_t num_rows;  // output rows that exist from `out` on; more than R * kLanes is fine
+  const W* w;
+  const X* x;
+  int64_t x_stride;
+  int64_t depth;      // how many k
+  bool resume;        // the sums so far are in `out`
+  const float* bias;  // added at the end if not null
+  Prefetch later;
+};
+
 template <int R, int M, class W, class X>
-void linear_tile(float* out, int64_t out_stride, const W* w, const X* x, int64_t x_stride, int64_t depth,
-                 const float* bias, int64_t num_rows) {
+void linear_tile(const Tile<W, X>& tile) {
   vf acc[R * M];
-  each<R * M>([&](auto at) FS_INLINE { acc[at.value] = zero(); });
-  multiply<R, M>(acc, w, x, x_stride, depth);
+  const auto count_of = [&](int vector) FS_INLINE {
+    const int64_t rest = tile.num_rows - vector * kLanes;
+    return rest >= kLanes ? kLanes : rest > 0 ? static_cast<int>(rest) : 0;
+  };
+  const auto target = [&](int vector, int token)
+                          FS_INLINE { return tile.out + token * tile.out_stride + vector * kLanes; };
   each<R>([&](auto r) FS_INLINE {
-    constexpr int64_t first = r.value * kLanes;
-    const int64_t rest = num_rows - first;
-    if (rest <= 0) return;
-    const int count = rest < kLanes ? static_cast<int>(rest) : kLanes;
+    const int count = count_of(r.value);
+    each<M>([&](auto m) FS_INLINE {
+      vf sum = zero();
+      if (tile.resume) sum = load_rows(target(r.value, m.value), count);
+      acc[r.value * M + m.value] = sum;
+    });
+  });
+  multiply<R, M>(acc, tile.w, tile.x, tile.x_stride, tile.depth, tile.later);
+  each<R>([&](auto r) FS_INLINE {
+    const int count = count_of(r.value);
     vf offset = zero();
-    if (bias != nullptr) offset = count == kLanes ? load(bias + first) : load_first(bias + first, count);
+    if (tile.bias != nullptr) offset = load_rows(tile.bias + r.value * kLanes, count);
     each<M>([&](auto m) FS_INLINE {
       vf sum = acc[r.value * M + m.value];
-      if (bias != nullptr) sum = sum + offset;
-      float* target = out + m.value * out_stride + first;
+      if (tile.bias != nullptr) sum = sum + offset;
       if (count == kLanes) {
-        store(target, sum);
+        store(target(r.value, m.value), sum);
       } else {
-        store_first(target, sum, count);
+        store_first(target(r.value, m.value), sum, count);
       }
     });
   });

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,6 +87,15 @@ def reference(inputs: Mapping[str, Any]) -> dict[str, Expected]:
     return {"out": Expected(x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs())}
 
 
+def make_nonfinite(generator: torch.Generator, dtype: torch.dtype) -> Arguments:
+    """Infinities and NaN must reach their own row's outputs and nothing else, not even through padding."""
+    arguments = make(generator, 9, 40, 301, dtype)
+    arguments["x"][1, -1] = float("inf")
+    arguments["x"][4, 0] = float("-inf")
+    arguments["x"][7, 255] = float("nan")
+    return arguments
+
+
 def case(tokens: int, rows: int, depth: int, dtype: torch.dtype, bias: bool = False, strided: bool = False) -> OpCase:
     return OpCase(
         op="linear",
@@ -105,6 +116,15 @@ for weight_dtype in WEIGHT_DTYPES:
     CASES += [case(tokens, 40, 9, weight_dtype) for tokens in range(14)]
     CASES += [case(5, rows, depth, weight_dtype, bias=True) for rows, depth in SIZES]
     CASES += [case(13, 70, 33, weight_dtype, bias, strided=True) for bias in (False, True)]
+    # Sums that are set aside between blocks of k while other tiles run.
+    CASES += [case(13, 70, 300, weight_dtype, bias=True, strided=True)]
+    CASES += [
+        dataclasses.replace(
+            case(9, 40, 301, weight_dtype),
+            id=f"nonfinite-{short(weight_dtype)}",
+            make=functools.partial(make_nonfinite, dtype=weight_dtype),
+        )
+    ]
     # Large enough for several ranges of panels and, in the last, for several blocks of tokens.
     CASES += [case(3, 1100, 576, weight_dtype), case(131, 65, 515, weight_dtype, bias=True)]
 
