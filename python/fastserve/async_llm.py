@@ -36,7 +36,7 @@ class AsyncLLM:
         **options: Any,
     ) -> None:
         if trust_remote_code:
-            raise FastserveError("trust_remote_code=True is not supported: no code from a model folder ever runs")
+            raise FastserveError("trust_remote_code is not supported: no code from a model folder ever runs")
         self._loaded: LoadedEngine = load_engine(
             model, tokenizer, skip_tokenizer_init=skip_tokenizer_init, options=options
         )

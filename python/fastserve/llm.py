@@ -42,7 +42,7 @@ class LLM:
         **options: Any,
     ) -> None:
         if trust_remote_code:
-            raise FastserveError("trust_remote_code=True is not supported: no code from a model folder ever runs")
+            raise FastserveError("trust_remote_code is not supported: no code from a model folder ever runs")
         from tqdm import tqdm
 
         with tqdm(desc="Loading", unit="layer", disable=not show_progress, leave=False) as bar:
