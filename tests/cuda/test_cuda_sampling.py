@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling on CUDA and on the CPU: the same token from the same logits, also where a draw is too close to call; and how
+often the logits are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cuda_device import Gpu, SimulatedDevice, find_devices
+
+from fastserve import _native
+from sampling_reference import RowParams, arguments_of
+
+DEVICES = find_devices()[:1]
+FILTERS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 1.0, "top_k": 40},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 1.3, "top_k": 60, "top_p": 0.7},
+    {"temperature": 1.0, "min_p": 0.02},
+    {"temperature": 2.0, "top_k": 1500, "min_p": 1e-4},
+    {"temperature": 0.9, "top_p": 0.999, "repetition_penalty": 1.2, "seen": {7: 2, 11: 0}, "bias": ((3, 2.5),)},
+]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("vocab", [1000, 6007])
+def test_the_same_tokens_as_on_the_cpu(device: SimulatedDevice | Gpu, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(99)
+    num_rows = 3 * len(FILTERS)
+    logits = torch.randn(num_rows, vocab, generator=generator) * 3
+    params = [RowParams(**FILTERS[b % len(FILTERS)], seed=b * 7919, position=b) for b in range(num_rows)]
+    here, there = arguments_of(logits, params), arguments_of(logits, params)
+    _native.ops.sample(**here)
+    device.run("sample", there)
+    assert there["token_ids"].tolist() == here["token_ids"].tolist()
+    assert here["token_ids"].min() >= 0
+
+
+@pytest.mark.parametrize("device", [d for d in DEVICES if isinstance(d, SimulatedDevice)], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    ("params", "passes"),
+    [
+        (RowParams(), 1),
+        (RowParams(temperature=1.0, seed=1), 2),
+        (RowParams(temperature=1.0, seed=1, top_k=40), 2),
+        (RowParams(temperature=1.0, seed=1, top_k=40, top_p=0.9), 2),
+        (RowParams(temperature=1.0, seed=1, top_p=0.9), 3),
+    ],
+)
+def test_reads_the_logits_so_many_times(device: SimulatedDevice, params: RowParams, passes: int) -> None:
+    logits = torch.randn(1, 8192, generator=torch.Generator().manual_seed(5)) * 4
+    device.run("sample", arguments_of(logits, [params]))
+    (launch,) = device.counters()
+    assert launch["buffers"]["logits"]["read"] == passes * logits.numel() * 4
