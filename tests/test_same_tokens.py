@@ -42,7 +42,7 @@ class Subject:
     alone: list[Result]
 
     def run(
-        self, *, neighbours: int = 0, first: str = "subjects", warm: bool = False, **config: Any
+        self, *, neighbours: int = 0, growing: int = 0, first: str = "subjects", warm: bool = False, **config: Any
     ) -> tuple[list[Result], Engine]:
         """The subjects in one batch under another engine configuration, with the same loaded model."""
         loaded = self.llm.loaded
@@ -75,6 +75,9 @@ class Subject:
             for i, prompt in enumerate(self.prompts):
                 engine.add_request(f"warm-{i}", prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
             drain()
+        for i in range(growing):  # came earlier, so when memory runs out it is the subjects that lose theirs
+            params = SamplingParams(temperature=0, max_tokens=70, ignore_eos=True)
+            engine.add_request(f"growing-{i}", [40 + i] * 31, params)
         for add in (add_subjects, add_neighbours) if first == "subjects" else (add_neighbours, add_subjects):
             add()
         drain()
@@ -154,7 +157,7 @@ def test_without_a_prefix_cache(subject: Subject) -> None:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_when_preempted(subject: Subject, prefix_caching: bool) -> None:
-    results, engine = subject.run(neighbours=7, first="neighbours", num_blocks=12, enable_prefix_caching=prefix_caching)
+    results, engine = subject.run(growing=6, num_blocks=20, enable_prefix_caching=prefix_caching)
     assert engine.stats.num_preemptions > 0
     assert results == subject.alone
 
