@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+
 from fastserve import _native
 
 ops = _native.ops

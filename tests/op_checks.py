@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from fastserve import _native
 from op_cases import Arguments, Expected, OpCase
 

@@ -8,9 +8,10 @@ import itertools
 
 import numpy as np
 import pytest
-from fastserve._native import AttentionPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastserve._native import AttentionPlan
 
 ITEM_FIELDS = ("row_begin", "num_rows", "kv_begin", "kv_end", "position", "request", "slot", "num_parts")
 

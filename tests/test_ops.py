@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import op_cases
 import pytest
 import torch
+
+import op_cases
 from fastserve import _native
 from op_cases import Arguments, BadCase, OpCase
 from op_checks import (

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
 from fastserve import _native
 
 from . import Arguments, BadCase, Expected, OpCase, empty, normal, widen_rows

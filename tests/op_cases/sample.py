@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from sampling_reference import RowParams, arguments_of
 from sampling_reference import sample as sample_exactly
 

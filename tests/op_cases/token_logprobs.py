@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from sampling_reference import in_order, log_softmax
 
 from . import Arguments, BadCase, Expected, OpCase, empty, normal, widen_rows
