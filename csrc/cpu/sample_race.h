@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
+#include "cpu/sample_noise.h"
 #include "cpu/sample_scan.h"
 #include "cpu/sample_select.h"
-#include "layout/philox.h"
 #include "layout/sampling.h"
 
 namespace fs::FS_ISA {
@@ -22,40 +22,30 @@ class Race {
   int32_t winner() const { return winner_; }
 
   void run(const Candidates& candidates) {
-    constexpr int kAtOnce = 16;
-    for (int64_t begin = 0; begin < candidates.count; begin += kAtOnce) {
+    for (int64_t begin = 0; begin < candidates.count; begin += kNoiseBlocks) {
       const int64_t left = candidates.count - begin;
-      const int count = left < kAtOnce ? static_cast<int>(left) : kAtOnce;
-      uint32_t blocks[kAtOnce] = {};
-      uint32_t words[4][kAtOnce];
-      for (int i = 0; i < count; ++i) blocks[i] = static_cast<uint32_t>(candidates.ids[begin + i]) / 4;
-      for (int i = 0; i < kAtOnce; ++i) {
-        const Philox4x32 noise = sampling_noise(blocks[i], position_, seed_);
-        for (int w = 0; w < 4; ++w) words[w][i] = noise.word[w];
-      }
+      const int count = left < kNoiseBlocks ? static_cast<int>(left) : kNoiseBlocks;
+      uint32_t token_blocks[kNoiseBlocks] = {};
+      uint32_t noise[4 * kNoiseBlocks];
+      for (int i = 0; i < count; ++i) token_blocks[i] = static_cast<uint32_t>(candidates.ids[begin + i]) / 4;
+      noise_of_blocks(token_blocks, position_, seed_, noise);
       for (int i = 0; i < count; ++i) {
         const int32_t id = candidates.ids[begin + i];
-        enter(id, candidates.weights[begin + i], words[id % 4][i]);
+        enter(id, candidates.weights[begin + i], noise[4 * i + id % 4]);
       }
     }
   }
 
   // The kBlock tokens from first_id on; tokens with weight 0 do not take part.
   void run_block(int64_t first_id, const float* weights) {
-    constexpr int kNoiseBlocks = kBlock / 4;
-    uint32_t words[4][kNoiseBlocks];
-    const auto first_block = static_cast<uint32_t>(first_id) / 4;
-    for (int i = 0; i < kNoiseBlocks; ++i) {
-      const Philox4x32 noise = sampling_noise(first_block + static_cast<uint32_t>(i), position_, seed_);
-      for (int w = 0; w < 4; ++w) words[w][i] = noise.word[w];
-    }
+    static_assert(kBlock == 4 * kNoiseBlocks);
+    uint32_t token_blocks[kNoiseBlocks];
+    uint32_t noise[kBlock];
+    for (int i = 0; i < kNoiseBlocks; ++i) token_blocks[i] = static_cast<uint32_t>(first_id / 4 + i);
+    noise_of_blocks(token_blocks, position_, seed_, noise);
     // E is never below v, its uniform number: w / v < best proves the loss without a logarithm. The factor
     // covers the roundings of this estimate.
-    uint32_t noise[kBlock];
     uint32_t may_win = 0;
-    for (int i = 0; i < kNoiseBlocks; ++i) {
-      for (int w = 0; w < 4; ++w) noise[4 * i + w] = words[w][i];
-    }
     for (int i = 0; i < kBlock; ++i) may_win += is_contender(weights[i], noise[i]);
     if (may_win == 0) return;
     for (int i = 0; i < kBlock; ++i) {
