@@ -84,14 +84,14 @@ endef
 
 format: $(VENV)/.env
 	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format -q .
-	@$(PY) -m clang_format -i $(CXX_FILES)
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 check: $(VENV)/.env
 	@echo "== style"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 clean:
 	rm -rf build python/fastserve/_native*.so
