@@ -226,11 +226,13 @@ void launch_rope_kv_write(const RopeKvWrite& op, cudaStream_t stream) {
     kernel<<<static_cast<unsigned>(op.q.shape[0]), threads_for(num_heads * heads.group, kThreads), 0,
              stream>>>(heads);
   };
+  constexpr int kMaxSteps = kMaxHalf / kVec > kWarp ? 2 : 1;
+  static_assert(kMaxHalf <= kMaxSteps * kWarp * kVec);
   if (pieces <= kWarp) {
     whole ? launch(rope_kv_write_kernel<A, C, 1, true>) : launch(rope_kv_write_kernel<A, C, 1, false>);
   } else {
-    static_assert(kMaxHalf / 4 <= 2 * kWarp);  // pieces of at least four elements: two steps always suffice
-    whole ? launch(rope_kv_write_kernel<A, C, 2, true>) : launch(rope_kv_write_kernel<A, C, 2, false>);
+    whole ? launch(rope_kv_write_kernel<A, C, kMaxSteps, true>)
+          : launch(rope_kv_write_kernel<A, C, kMaxSteps, false>);
   }
 }
 
