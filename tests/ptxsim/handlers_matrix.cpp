@@ -2,6 +2,8 @@
 // mma.sync. Fragments are first spread to plain matrices: A[row][k], B[k][column], C[row][column]. Every sum
 // is a chain of fused multiply-adds over k in ascending order, the same in every build (tensor cores add in
 // another order and truncate).
+#include <xmmintrin.h>
+
 #include "half.h"
 
 namespace ptxsim::PTXSIM_ISA {
@@ -45,23 +47,28 @@ PTXSIM_INLINE void load_b(Warp& w, const uint16_t* r, float (*b)[8]) {
   }
 }
 // C: registers 0 and 1 hold columns 2t and 2t+1 of row l/4, registers 2 and 3 the same of row l/4 + 8.
+// Four neighbouring lanes hold one row, so a row is two registers' 16 bytes interleaved.
 template <class T>
 PTXSIM_INLINE void load_c(Warp& w, const uint16_t* r, T (*c)[8]) {
   for (int upper = 0; upper < 2; ++upper) {
-    const T *even = reg<T>(w, r[2 * upper]), *odd = reg<T>(w, r[2 * upper + 1]);
-    for (int l = 0; l < kLanes; ++l) {
-      c[8 * upper + l / 4][2 * (l & 3)] = even[l];
-      c[8 * upper + l / 4][2 * (l & 3) + 1] = odd[l];
+    const float *even = reg<float>(w, r[2 * upper]), *odd = reg<float>(w, r[2 * upper + 1]);
+    for (int row = 0; row < 8; ++row) {
+      const __m128 e = _mm_load_ps(even + 4 * row), o = _mm_load_ps(odd + 4 * row);
+      float* to = reinterpret_cast<float*>(c[8 * upper + row]);
+      _mm_store_ps(to, _mm_unpacklo_ps(e, o));
+      _mm_store_ps(to + 4, _mm_unpackhi_ps(e, o));
     }
   }
 }
 template <class T>
 PTXSIM_INLINE void store_d(Warp& w, const uint16_t* r, const T (*c)[8]) {
   for (int upper = 0; upper < 2; ++upper) {
-    T *even = reg<T>(w, r[2 * upper]), *odd = reg<T>(w, r[2 * upper + 1]);
-    for (int l = 0; l < kLanes; ++l) {
-      even[l] = c[8 * upper + l / 4][2 * (l & 3)];
-      odd[l] = c[8 * upper + l / 4][2 * (l & 3) + 1];
+    float *even = reg<float>(w, r[2 * upper]), *odd = reg<float>(w, r[2 * upper + 1]);
+    for (int row = 0; row < 8; ++row) {
+      const float* from = reinterpret_cast<const float*>(c[8 * upper + row]);
+      const __m128 low = _mm_load_ps(from), high = _mm_load_ps(from + 4);
+      _mm_store_ps(even + 4 * row, _mm_shuffle_ps(low, high, 0x88));
+      _mm_store_ps(odd + 4 * row, _mm_shuffle_ps(low, high, 0xdd));
     }
   }
 }
