@@ -473,13 +473,25 @@ void launch_pipeline(Pipeline mutant, const float* in, float* out, int tiles) {
 }
 void launch_fault_on(Fault fault, int* data, int n, int blocks) {
   switch (fault) {
+    // clang-format off
     PTXSIM_FAULT(None)
     PTXSIM_FAULT(GlobalOverrun)
-    PTXSIM_FAULT(GlobalNull) PTXSIM_FAULT(SharedOverrun) PTXSIM_FAULT(Misaligned)
-        PTXSIM_FAULT(UninitialisedShared) PTXSIM_FAULT(LocalOverrun) PTXSIM_FAULT(Trap) PTXSIM_FAULT(Assert)
-            PTXSIM_FAULT(DivergentBarrier) PTXSIM_FAULT(SpinForever) PTXSIM_FAULT(MissingSyncthreads)
-                PTXSIM_FAULT(MissingSyncwarp) PTXSIM_FAULT(SharedWriteWrite) PTXSIM_FAULT(BlocksWriteSame)
-                    PTXSIM_FAULT(BlocksReadWritten) PTXSIM_FAULT(ReservedMask)
+    PTXSIM_FAULT(GlobalNull)
+    PTXSIM_FAULT(SharedOverrun)
+    PTXSIM_FAULT(Misaligned)
+    PTXSIM_FAULT(UninitialisedShared)
+    PTXSIM_FAULT(LocalOverrun)
+    PTXSIM_FAULT(Trap)
+    PTXSIM_FAULT(Assert)
+    PTXSIM_FAULT(DivergentBarrier)
+    PTXSIM_FAULT(SpinForever)
+    PTXSIM_FAULT(MissingSyncthreads)
+    PTXSIM_FAULT(MissingSyncwarp)
+    PTXSIM_FAULT(SharedWriteWrite)
+    PTXSIM_FAULT(BlocksWriteSame)
+    PTXSIM_FAULT(BlocksReadWritten)
+    PTXSIM_FAULT(ReservedMask)
+    // clang-format on
   }
 }
 void launch_fault(Fault fault, int* data, int n) {
