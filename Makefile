@@ -60,19 +60,27 @@ unit: native $(MODEL)/config.json
 
 cpp-test: $(VENV)/.env
 	@echo "== C++ tests"
+	@mkdir -p build
 	@tools/ensure_googletest.sh
 	@$(CMAKE) -G Ninja -S . -B build/cpp -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_TESTS=ON > build/cpp.log || (cat build/cpp.log; exit 1)
 	@$(CMAKE) --build build/cpp -j $(JOBS) > build/cpp.log || (cat build/cpp.log; exit 1)
-	@ctest --test-dir build/cpp --output-on-failure -j $(JOBS) | tail -n 3
+	@$(call ctest,cpp)
 
 # AddressSanitizer and UndefinedBehaviorSanitizer on all of them, ThreadSanitizer on the thread pool.
 sanitize: $(VENV)/.env
 	@echo "== C++ tests under ASan and UBSan, the thread pool under TSan"
+	@mkdir -p build
 	@tools/ensure_googletest.sh
 	@$(call sanitized,asan,address$(comma)undefined,all)
-	@ctest --test-dir build/asan --output-on-failure -j $(JOBS) | tail -n 3
+	@$(call ctest,asan)
 	@$(call sanitized,tsan,thread,test_thread_pool)
 	@build/tsan/tests/cpp/test_thread_pool --gtest_brief=1
+
+# ctest FOLDER
+define ctest
+$(VENV)/bin/ctest --test-dir build/$(1) --output-on-failure -j $(JOBS) > build/$(1).log || (cat build/$(1).log; exit 1)
+	@tail -n 4 build/$(1).log
+endef
 
 comma := ,
 # sanitized FOLDER, SANITIZERS, TARGET
