@@ -174,6 +174,14 @@ class Grid {
     return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
   }
 
+  // The block waits for copies: all of them land, or with a seed some. False if none is under way.
+  bool land_copies(Block& b) {
+    if (!advance_bulk(b)) return false;
+    while ((!seeded_ || launch_.random.below(16) != 0) && advance_bulk(b)) {
+    }
+    return true;
+  }
+
   // Gives every warp slices until the block ends or only polls.
   void run_block(Block& b) {
     std::vector<uint32_t> order(b.warps.size());
@@ -192,9 +200,9 @@ class Grid {
         worked = worked || (used != 0 && w.polls < 32);
       }
       if (b.finished()) return;
-      if (!ran && !advance_bulk(b)) deadlock(b);
+      if (!ran && !land_copies(b)) deadlock(b);
       if (ran && !worked) {  // every warp that could run only polled
-        advance_bulk(b);
+        land_copies(b);
         return;
       }
       if (seeded_ && resident_.size() > 1 && launch_.random.below(8) == 0) return;
