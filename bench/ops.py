@@ -8,7 +8,8 @@
 Anchors are measured right before each shape, with as many threads: a plain read of memory (torch's sum of 256 MB)
 and a large float32 matrix product (torch's, which comes within a few percent of the multiply-add peak). The last
 column is the time the anchors allow, the larger of bytes / read rate and flops / product rate, over the op's own
-time. On a busy machine anchors and ops suffer alike, so trust that column and the spread more than the rates.
+time. With one thread its CPU time counts: on a busy machine others then take caches, memory and clock rate from
+anchors and ops alike, but no time. With more threads a busy machine's figures mean little.
 Weights rotate over copies of 128 MB in total, as the layers of a model do; "cached" rows use one copy.
 """
 
@@ -50,13 +51,14 @@ def size_of(tensor: torch.Tensor) -> int:
 
 def sample(call: Callable[[], object], seconds: float, at_least: int = 5, at_most: int = 5000) -> list[float]:
     """Durations of single calls in seconds, after one that is not counted, sorted."""
+    clock = time.thread_time if _native.num_threads() == 1 else time.perf_counter
     call()
     durations: list[float] = []
     end = time.perf_counter() + seconds
     while len(durations) < at_least or (time.perf_counter() < end and len(durations) < at_most):
-        start = time.perf_counter()
+        start = clock()
         call()
-        durations.append(time.perf_counter() - start)
+        durations.append(clock() - start)
     return sorted(durations)
 
 
