@@ -168,7 +168,7 @@ def test_refuses_bad_calls(op: str) -> None:
     refused(op, {**arguments, "nonsense": 1}, "nonsense")
     with pytest.raises(ValueError, match=f"{op}: {len(arguments) + 1} arguments given; takes {len(arguments)}"):
         function(*arguments.values(), None)
-    first = next(iter(arguments))
+    first = next(iter(SPECS[op]))  # as declared: positional arguments go by that order
     with pytest.raises(ValueError, match=f"{op}: argument '{first}' given twice"):
         function(arguments[first], **arguments)
 

@@ -63,7 +63,7 @@ void convert(PyObject* object, const char* op_name, const ArgSpec& spec, float* 
   *value = PyLong_AsLongLong(object);
   if (*value == -1 && PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    throw Error(std::string(op_name) + ": argument '" + spec.name + "' must be an integer of 64 bits");
+    throw Error(std::string(op_name) + ": argument '" + spec.name + "' must be a whole number of 64 bits");
   }
 }
 

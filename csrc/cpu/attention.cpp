@@ -6,10 +6,14 @@
 // Each span of tokens yields a partial (maximum, sum, output) computed from nothing; partials are folded from
 // left to right. Items without a slot write the output, the others store partials that a second pass folds. A
 // unit of work is one item for one KV head. Bound: memory for decodes, fma throughput for chunks.
+#include <type_traits>
+
+#include "cpu/attention_check.h"
+#include "cpu/attention_fold.h"
 #include "cpu/attention_tile.h"
+#include "cpu/attention_widen.h"
 #include "cpu/parallel.h"
 #include "ops/ops.h"
-#include "plan/attention_plan.h"
 
 namespace fs::FS_ISA {
 
@@ -17,66 +21,6 @@ namespace {
 
 constexpr int kBlockRows = 48;             // rows that walk the KV tokens together
 constexpr int kScratchFloats = 24 * 1024;  // q and two outputs of those rows, on the stack
-constexpr int kTileTokens = 64;            // of a tile, if blocks are smaller
-
-// The op's arguments, as numbers.
-struct Shape {
-  int64_t num_heads, num_kv_heads, head_dim, block_size, group;
-  int64_t stride;      // of a row in scratch: head_dim up to whole vectors
-  int64_t tile;        // tokens
-  int64_t slot_size;   // floats of a workspace slot
-  int64_t block_rows;  // as many as the scratch holds
-
-  explicit Shape(const Attention& op)
-      : num_heads(op.q.shape[1]),
-        num_kv_heads(op.kv_cache.shape[2]),
-        head_dim(op.q.shape[2]),
-        block_size(op.kv_cache.shape[3]),
-        group(num_heads / num_kv_heads),
-        stride((head_dim + kLanes - 1) / kLanes * kLanes),
-        tile(block_size < kTileTokens ? kTileTokens / block_size * block_size : block_size),
-        slot_size(num_heads * (head_dim + 2)),
-        block_rows(kScratchFloats / (3 * stride) < kBlockRows ? kScratchFloats / (3 * stride) : kBlockRows) {}
-};
-
-// softmax(scores) V of one row over some tokens, unnormalised. sum is 0 if it saw none.
-struct Partial {
-  float* out;
-  float* max;
-  float* sum;
-};
-
-// a = a + b, where b's tokens come after a's.
-void fold(const Partial& a, const Partial& b, int64_t dim) {
-  if (*b.sum == 0.0f) return;
-  if (*a.sum == 0.0f) {
-    std::memcpy(a.out, b.out, static_cast<size_t>(dim) * sizeof(float));
-    *a.max = *b.max;
-    *a.sum = *b.sum;
-    return;
-  }
-  const float highest = *a.max > *b.max ? *a.max : *b.max;
-  float factor_a[kLanes];
-  float factor_b[kLanes];
-  store(factor_a, exp2(set1(*a.max - highest)));
-  store(factor_b, exp2(set1(*b.max - highest)));
-  const vf of_a = set1(factor_a[0]);
-  const vf of_b = set1(factor_b[0]);
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(a.out + d, fma(load(b.out + d), of_b, load(a.out + d) * of_a));
-  if (const int rest = static_cast<int>(dim - d); rest > 0) {
-    store_first(a.out + d, fma(load_first(b.out + d, rest), of_b, load_first(a.out + d, rest) * of_a), rest);
-  }
-  *a.max = highest;
-  *a.sum = *a.sum * factor_a[0] + *b.sum * factor_b[0];
-}
-
-void write_output(float* out, const Partial& from, int64_t dim) {
-  const float scale = *from.sum == 0.0f ? 0.0f : 1.0f / *from.sum;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(from.out + d) * set1(scale));
-  for (; d < dim; ++d) out[d] = from.out[d] * scale;
-}
 
 // The partials of up to kBlockRows packed rows over one span, or the fold of several.
 struct Partials {
@@ -91,13 +35,15 @@ struct Partials {
 template <class KV>
 class Unit {
  public:
-  Unit(const Attention& op, const Shape& shape, const AttentionItem& item, int64_t kv_head)
+  Unit(const Attention& op, const AttentionShape& shape, const AttentionItem& item, int64_t kv_head)
       : op_(op), shape_(shape), item_(item), kv_head_(kv_head), cache_(op.kv_cache) {}
 
   void run() {
     const int64_t num_packed = item_.num_rows * shape_.group;
-    for (int64_t row = 0; row < num_packed; row += shape_.block_rows) {
-      run_rows(row, num_packed - row < shape_.block_rows ? num_packed - row : shape_.block_rows);
+    const int64_t fitting = kScratchFloats / (3 * shape_.stride);
+    const int64_t step = fitting < kBlockRows ? fitting : kBlockRows;
+    for (int64_t row = 0; row < num_packed; row += step) {
+      run_rows(row, num_packed - row < step ? num_packed - row : step);
     }
   }
 
@@ -116,6 +62,7 @@ class Unit {
       buffers[i].stride = shape_.stride;
     }
     load_queries(first, count, q);
+    find_visible(first, count);
 
     const int64_t span = op_.span;
     const int64_t first_span = item_.kv_begin / span;
@@ -124,7 +71,7 @@ class Unit {
     Partials* folded = nullptr;
     Partials* current = &buffers[0];
     for (int64_t s = first_span; s < end_span; ++s) {
-      attend_span(first, count, s * span, q, current, lane_sums);
+      attend_span(count, s * span, q, current, lane_sums);
       if (store_each) {
         store_partials(first, count, s - first_span, current);
       } else if (folded == nullptr) {
@@ -154,63 +101,112 @@ class Unit {
     }
   }
 
-  // KV tokens [begin, end) of this item that the packed row sees.
-  int64_t visible_begin(int64_t packed) const {
-    const int64_t position = item_.position + token_of(packed);
-    const int64_t begin = op_.window == 0 ? 0 : position - op_.window + 1;
-    return begin > item_.kv_begin ? begin : item_.kv_begin;
-  }
-  int64_t visible_end(int64_t packed) const {
-    const int64_t end = item_.position + token_of(packed) + 1;
-    return end < item_.kv_end ? end : item_.kv_end;
+  // Which KV tokens of this item each row sees.
+  void find_visible(int64_t first, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t position = item_.position + token_of(first + r);
+      const int64_t begin = op_.window == 0 ? 0 : position - op_.window + 1;
+      visible_begin_[r] = begin > item_.kv_begin ? begin : item_.kv_begin;
+      visible_end_[r] = position + 1 < item_.kv_end ? position + 1 : item_.kv_end;
+    }
   }
 
-  void attend_span(int64_t first, int64_t count, int64_t span_begin, const float* q, Partials* partials,
-                   float* lane_sums) {
+  void attend_span(int64_t count, int64_t span_begin, const float* q, Partials* partials, float* lane_sums) {
     const int64_t stride = shape_.stride;
     std::memset(partials->out, 0, static_cast<size_t>(count * stride) * sizeof(float));
     std::memset(lane_sums, 0, static_cast<size_t>(count * kLanes) * sizeof(float));
     for (int64_t r = 0; r < count; ++r) partials->max[r] = -__builtin_inff();
 
+    const RowGroup rows{q, partials->out, partials->max, lane_sums, stride, {}, {}};
+    const bool is_wide = shape_.head_dim % kLanes != 0 || (sizeof(KV) == 2 && count > kGroupRows);
     const int64_t span_end = span_begin + op_.span;
-    const int64_t begin = visible_begin(first);
-    int64_t end = visible_end(first + count - 1);
-    end = end < span_end ? end : span_end;
-    const int64_t skipped = begin > span_begin ? (begin - span_begin) / shape_.tile : 0;
-    for (int64_t at = span_begin + skipped * shape_.tile; at < end; at += shape_.tile) {
-      const int64_t tile_end = at + shape_.tile < span_end ? at + shape_.tile : span_end;
-      Tile<KV> tile;
-      load_tile(at, begin, tile_end < end ? tile_end : end, &tile);
-      for (int64_t r = 0; r < count; r += kGroupRows) {
-        RowGroup group;
-        group.q = q + r * stride;
-        group.out = partials->out + r * stride;
-        group.max = partials->max + r;
-        group.lane_sums = lane_sums + r * kLanes;
-        group.stride = stride;
-        const int num_rows = static_cast<int>(count - r < kGroupRows ? count - r : kGroupRows);
-        for (int i = 0; i < num_rows; ++i) {
-          const int64_t from = visible_begin(first + r + i);
-          const int64_t to = visible_end(first + r + i);
-          group.begin[i] = static_cast<int>((from > at ? from : at) - at);
-          group.end[i] = static_cast<int>((to < tile_end ? to : tile_end) - at);
+    const int64_t begin = visible_begin_[0];  // later rows see later tokens
+    const int64_t end = visible_end_[count - 1] < span_end ? visible_end_[count - 1] : span_end;
+    int64_t at = span_begin;
+    while (at < end && end_of_tile(at, span_end) <= begin) at = end_of_tile(at, span_end);
+    if (at < end) {
+      Tile<KV> tile = load_tile(at, end_of_tile(at, span_end), begin, end);
+      if (!is_wide) {
+        prefetch_keys(tile, 0, kTileVectors);
+        prefetch_values(tile, 0, static_cast<int>(shape_.head_dim / kLanes));
+      }
+      while (at < end) {
+        const int64_t next = end_of_tile(at, span_end);
+        Tile<KV> next_tile = tile;
+        if (next < end) next_tile = load_tile(next, end_of_tile(next, span_end), begin, end);
+        if (is_wide) {
+          const int from = static_cast<int>(begin > at ? begin - at : 0);
+          attend_tile(rows, count, at, next, widen(tile, from, tile.end, stride, &wide_), nullptr);
+        } else {
+          attend_tile(rows, count, at, next, tile, next < end ? &next_tile : nullptr);
         }
-        attend<KV>(group, tile, num_rows);
+        tile = next_tile;
+        at = next;
       }
     }
     for (int64_t r = 0; r < count; ++r) partials->sum[r] = reduce_add(load(lane_sums + r * kLanes));
   }
 
-  // Block addresses for the tokens [begin, end) of the tile at `at`; others are never looked at.
-  void load_tile(int64_t at, int64_t begin, int64_t end, Tile<KV>* tile) const {
-    tile->block_size = shape_.block_size;
-    tile->head_dim = shape_.head_dim;
-    const int32_t* table = op_.block_tables.ptr<const int32_t>() + item_.request * op_.block_tables.shape[1];
-    const int64_t first_block = at / shape_.block_size;
-    for (int64_t b = (begin > at ? begin : at) / shape_.block_size; b * shape_.block_size < end; ++b) {
-      tile->keys[b - first_block] = cache_.keys(table[b], kv_head_);
-      tile->values[b - first_block] = cache_.values(table[b], kv_head_);
+  // Tiles are whole blocks up to kTileTokens, or up to kTileTokens of one block, from the start of a span.
+  int64_t end_of_tile(int64_t at, int64_t span_end) const {
+    const int64_t size = shape_.block_size;
+    int64_t tokens = kTileTokens;
+    if (size < kTileTokens) tokens = kTileTokens / size * size;
+    if (size > kTileTokens && size - at % size < tokens) tokens = size - at % size;
+    return at + tokens < span_end ? at + tokens : span_end;
+  }
+
+  template <class T>
+  void attend_tile(const RowGroup& rows, int64_t count, int64_t at, int64_t next, const Tile<T>& tile,
+                   const std::type_identity_t<Tile<T>>* next_tile) const {
+    for (int64_t r = 0; r < count; r += kGroupRows) {
+      RowGroup group{rows.q + r * rows.stride,
+                     rows.out + r * rows.stride,
+                     rows.max + r,
+                     rows.lane_sums + r * kLanes,
+                     rows.stride,
+                     {},
+                     {}};
+      const int num_rows = static_cast<int>(count - r < kGroupRows ? count - r : kGroupRows);
+      for (int i = 0; i < num_rows; ++i) {
+        const int64_t from = visible_begin_[r + i] > at ? visible_begin_[r + i] : at;
+        const int64_t to = visible_end_[r + i] < next ? visible_end_[r + i] : next;
+        group.begin[i] = from < to ? static_cast<int>(from - at) : kTileTokens;
+        group.end[i] = from < to ? static_cast<int>(to - at) : 0;
+      }
+      attend<T>(group, tile, r == 0 ? next_tile : nullptr, num_rows);
     }
+  }
+
+  // The tile of tokens [at, next). Only blocks that hold some of the tokens [begin, end) are looked up; other
+  // tokens get the address of one that is.
+  Tile<KV> load_tile(int64_t at, int64_t next, int64_t begin, int64_t end) const {
+    Tile<KV> tile;
+    begin = begin > at ? begin : at;
+    end = end < next ? end : next;
+    tile.end = static_cast<int>(end - at);
+    tile.key_line = (sizeof(KV) == 2 ? 2 : 1) * shape_.block_size;
+    tile.value_dims = shape_.head_dim;
+    tile.head_dim = shape_.head_dim;
+    const int32_t* table = op_.block_tables.ptr<const int32_t>() + item_.request * op_.block_tables.shape[1];
+    const int64_t first_block = begin / shape_.block_size;
+    const int64_t last_block = (end - 1) / shape_.block_size;
+    int64_t block = at / shape_.block_size;
+    int64_t offset = at % shape_.block_size;
+    for (int i = 0; i < kTileTokens / 16; ++i) {
+      const int64_t known = block < first_block ? first_block : block < last_block ? block : last_block;
+      const KV* keys = cache_.keys(table[known], kv_head_);
+      for (int j = 0; j < 16 / kLanes; ++j) {
+        tile.keys[i * (16 / kLanes) + j] = keys + key_index<KV>(offset + j * kLanes, 0, shape_.block_size);
+      }
+      tile.values[i] = cache_.values(table[known], kv_head_) + value_index<KV>(offset, 0, shape_.head_dim);
+      offset += 16;
+      if (offset == shape_.block_size) {
+        offset = 0;
+        block += 1;
+      }
+    }
+    return tile;
   }
 
   void store_partials(int64_t first, int64_t count, int64_t part, Partials* partials) const {
@@ -226,14 +222,18 @@ class Unit {
   }
 
   const Attention& op_;
-  const Shape& shape_;
+  const AttentionShape& shape_;
   const AttentionItem& item_;
   int64_t kv_head_;
   KvCache<KV> cache_;
+  int64_t visible_begin_[kBlockRows];
+  int64_t visible_end_[kBlockRows];
+  WideTile wide_;
 };
 
 // The rows of one merge, for the query heads of one KV head.
-void merge_rows(const Attention& op, const Shape& shape, const AttentionMerge& merge, int64_t kv_head) {
+void merge_rows(const Attention& op, const AttentionShape& shape, const AttentionMerge& merge,
+                int64_t kv_head) {
   const int64_t dim = shape.head_dim;
   const int32_t* parts = op.parts.ptr<const int32_t>();
   for (int64_t row = 0; row < merge.num_rows; ++row) {
@@ -253,77 +253,13 @@ void merge_rows(const Attention& op, const Shape& shape, const AttentionMerge& m
   }
 }
 
-void check_item(const Attention& op, const Shape& shape, int64_t index, const AttentionItem& item,
-                int64_t num_slots) {
-  FS_CHECK(item.row_begin >= 0 && item.num_rows >= 1 && item.num_rows <= op.q.shape[0] - item.row_begin,
-           "attention: items[" << index << "] has " << item.num_rows << " rows from " << item.row_begin
-                               << "; the step has " << op.q.shape[0]);
-  FS_CHECK(item.kv_begin >= 0 && item.kv_begin < item.kv_end && item.position >= 0,
-           "attention: items[" << index << "] has KV tokens " << item.kv_begin << " to " << item.kv_end
-                               << " at position " << item.position);
-  FS_CHECK(item.request >= 0 && item.request < op.block_tables.shape[0],
-           "attention: items[" << index << "] is of request " << item.request << "; block_tables has "
-                               << op.block_tables.shape[0]);
-  const int64_t first_block = item.kv_begin / shape.block_size;
-  const int64_t end_block = (item.kv_end + shape.block_size - 1) / shape.block_size;
-  FS_CHECK(end_block <= op.block_tables.shape[1],
-           "attention: items[" << index << "] reads " << item.kv_end << " tokens; block_tables has "
-                               << op.block_tables.shape[1] << " blocks of " << shape.block_size);
-  const int64_t num_blocks = op.kv_cache.shape[0];
-  const int32_t* table = op.block_tables.ptr<const int32_t>() + item.request * op.block_tables.shape[1];
-  for (int64_t b = first_block; b < end_block; ++b) {
-    FS_CHECK(table[b] >= 0 && table[b] < num_blocks, "attention: block_tables["
-                                                         << item.request << "][" << b << "] is " << table[b]
-                                                         << "; the cache has " << num_blocks << " blocks");
-  }
-  const int64_t num_spans = (item.kv_end + op.span - 1) / op.span - item.kv_begin / op.span;
-  FS_CHECK(item.num_parts == 0 || item.num_parts == 1 || item.num_parts == num_spans,
-           "attention: items[" << index << "] stores " << item.num_parts << " partials of " << num_spans
-                               << " spans; was the plan made with span " << op.span << "?");
-  FS_CHECK(item.num_parts == 0 ||
-               (item.slot >= 0 && item.slot + int64_t{item.num_parts} * item.num_rows <= num_slots),
-           "attention: items[" << index << "] stores " << item.num_parts << " partials of " << item.num_rows
-                               << " rows from slot " << item.slot << "; the workspace has " << num_slots);
-}
-
-void check_merge(const Attention& op, int64_t index, const AttentionMerge& merge, int64_t num_slots) {
-  FS_CHECK(merge.row_begin >= 0 && merge.num_rows >= 1 && merge.num_rows <= op.q.shape[0] - merge.row_begin,
-           "attention: merges[" << index << "] has " << merge.num_rows << " rows from " << merge.row_begin
-                                << "; the step has " << op.q.shape[0]);
-  FS_CHECK(
-      merge.parts_begin >= 0 && merge.parts_begin <= merge.parts_end && merge.parts_end <= op.parts.shape[0],
-      "attention: merges[" << index << "] has parts " << merge.parts_begin << " to " << merge.parts_end
-                           << " of " << op.parts.shape[0]);
-  const int32_t* parts = op.parts.ptr<const int32_t>();
-  for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
-    FS_CHECK(parts[p] >= 0 && parts[p] <= num_slots - merge.num_rows,
-             "attention: parts[" << p << "] is " << parts[p] << " for " << merge.num_rows
-                                 << " rows; the workspace has " << num_slots << " slots");
-  }
-}
-
-// Everything that could make the kernel touch memory that is not its own.
-void check(const Attention& op, const Shape& shape) {
-  FS_CHECK(op.span >= shape.block_size && op.span % shape.block_size == 0,
-           "attention: span is " << op.span << "; must be a multiple of the block size " << shape.block_size);
-  FS_CHECK(op.window >= 0, "attention: window is " << op.window << "; must not be negative");
-  const int64_t num_slots = op.workspace.shape[0] / shape.slot_size;
-  const auto* items = op.items.ptr<const AttentionItem>();
-  for (int64_t i = 0; i < op.items.shape[0]; ++i) check_item(op, shape, i, items[i], num_slots);
-  const auto* merges = op.merges.ptr<const AttentionMerge>();
-  for (int64_t i = 0; i < op.merges.shape[0]; ++i) check_merge(op, i, merges[i], num_slots);
-}
-
 void attention(const Attention& op, const OpContext&) {
-  FS_CHECK(op.q.dtype == DType::f32 && op.out.dtype == DType::f32,
-           "attention: out and q are " << name_of(op.out.dtype) << " and " << name_of(op.q.dtype)
-                                       << "; the cpu kernel takes float32");
   check_kv_cache(op.kv_cache, "attention");
   FS_CHECK(op.kv_cache.shape[2] >= 1 && op.q.shape[1] >= 1 && op.q.shape[1] % op.kv_cache.shape[2] == 0,
            "attention: " << op.q.shape[1] << " query heads and " << op.kv_cache.shape[2]
                          << " KV heads; must be a whole multiple");
-  const Shape shape(op);
-  check(op, shape);
+  const AttentionShape shape(op);
+  check_attention(op, shape);
 
   // Head by head: a block that several items share stays in the cache meanwhile.
   const int64_t num_items = op.items.shape[0];

@@ -18,31 +18,47 @@
 namespace fs::FS_ISA {
 
 inline constexpr int kGroupRows = 6;  // rows that share each load of K and V
-inline constexpr int kMaxTile = static_cast<int>(kMaxBlockSize);
+inline constexpr int kTileTokens = 64;
+inline constexpr int kTileVectors = kTileTokens / kLanes;
 
-// Vectors of keys (or dims) that `rows` rows work on at a time, such that the accumulators fill the
-// registers.
+// Vectors of keys (or dims) that `rows` rows work on at a time: their sums, and what they are made of, fit 16
+// registers, and there are enough of them to hide the latency of fma.
+template <class KV>
 constexpr int vectors_per_pass(int rows) {
-#if defined(FS_SIMD_AVX512)
-  return rows > 3 ? 4 : 8;
-#else
-  return rows > 3 ? 2 : rows > 1 ? 4 : 8;
-#endif
+  if (rows > 3) return 2;
+  return rows == 3 && !std::is_same_v<KV, float> ? 2 : 4;
 }
 
-// The keys and values of one tile: blocks of one KV head.
+// Up to kTileTokens consecutive tokens of one KV head. Pointers of tokens that nobody sees are never
+// followed, but for keys in the same pass as a visible one: those must point to readable memory.
 template <class KV>
 struct Tile {
-  int64_t block_size;
+  const KV* keys[kTileVectors];        // K of kLanes tokens each, at dim 0
+  int64_t key_line;                    // elements from one dim (bfloat16: pair of dims) to the next
+  const KV* values[kTileTokens / 16];  // V of 16 tokens each, at dim 0
+  int64_t value_dims;                  // head_dim, or more where V is padded with zeros
   int64_t head_dim;
-  const KV* keys[kMaxTile / 16];  // block by block
-  const KV* values[kMaxTile / 16];
-
-  const KV* key_vector(int vector) const {
-    const int64_t token = vector * kLanes;
-    return keys[token / block_size] + key_index<KV>(token % block_size, 0, block_size);
-  }
+  int end;  // tokens from here on are not seen
 };
+
+// Asks for the memory that score_pass and weigh_pass will read. Their passes go over a tile in strides that
+// the hardware does not foresee; so a pass over one tile fetches the same part of the next.
+template <class KV>
+void prefetch_keys(const Tile<KV>& tile, int first, int vectors) {
+  constexpr int kVectorsPerLine = 64 / (4 * kLanes);
+  const int64_t lines = std::is_same_v<KV, float> ? tile.head_dim : tile.head_dim / 2;
+  for (int v = first; v < first + vectors && v * kLanes < tile.end; v += kVectorsPerLine) {
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(tile.keys[v] + i * tile.key_line, 0, 2);
+  }
+}
+template <class KV>
+void prefetch_values(const Tile<KV>& tile, int64_t dim, int vectors) {
+  constexpr int kStep = std::is_same_v<KV, float> ? 1 : 2;
+  for (int token = 0; token < tile.end; token += kStep) {
+    const KV* values = tile.values[token / 16] + value_index<KV>(token % 16, dim, tile.value_dims);
+    for (int at = 0; at < vectors * kLanes; at += 16) __builtin_prefetch(values + kStep * at, 0, 2);
+  }
+}
 
 // Up to kGroupRows packed rows and what is known of them so far in this span.
 struct RowGroup {
@@ -51,115 +67,126 @@ struct RowGroup {
   float* max;        // [rows]
   float* lane_sums;  // [rows][kLanes]
   int64_t stride;
-  int begin[kGroupRows];  // keys of the tile that a row sees
+  int begin[kGroupRows];  // tokens of the tile that a row sees; kTileTokens and 0 if none
   int end[kGroupRows];
 };
+
+// 2^x for x <= 0, relative error below 2e-7, at least 2^-126; exactly 1 at 0; NaN stays NaN.
+inline vf exp2_of_negative(vf x) {
+  const vf clamped = fs::FS_ISA::max(set1(-126.0f), x);
+  const vf n = round_even(clamped);
+  const vf f = clamped - n;  // [-0.5, 0.5]
+  vf p = set1(1.326472541e-3f);
+  p = fma(p, f, set1(9.671512768e-3f));
+  p = fma(p, f, set1(5.550733749e-2f));
+  p = fma(p, f, set1(2.402224208e-1f));
+  p = fma(p, f, set1(6.931469776e-1f));
+  p = fma(p, f, set1(1.0f));
+  return scale_by_power(p, n);
+}
+
+inline float highest_lane(vf x) {
+#if defined(FS_SIMD_AVX512)
+  return _mm512_reduce_max_ps(x.v);
+#elif defined(FS_SIMD_AVX2)
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#else
+  return reduce_max(x);
+#endif
+}
 
 // scores[r][key] = q[r] . k[key] for Vectors vectors of keys from vector `first` on.
 template <class KV, int Rows, int Vectors>
 void score_pass(const RowGroup& group, const Tile<KV>& tile, int first, float* scores) {
   const KV* keys[Vectors];
   vf sums[Rows][Vectors];
-  for (int n = 0; n < Vectors; ++n) keys[n] = tile.key_vector(first + n);
+  for (int n = 0; n < Vectors; ++n) keys[n] = tile.keys[first + n];
   for (int r = 0; r < Rows; ++r) {
     for (int n = 0; n < Vectors; ++n) sums[r][n] = zero();
   }
-  if constexpr (std::is_same_v<KV, float>) {
-    for (int64_t d = 0; d < tile.head_dim; ++d) {
-      vf k[Vectors];
-      for (int n = 0; n < Vectors; ++n) k[n] = load(keys[n] + d * tile.block_size);
-      for (int r = 0; r < Rows; ++r) {
-        const vf q = set1(group.q[r * group.stride + d]);
-        for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(q, k[n], sums[r][n]);
-      }
+  const auto add = [&](const vf(&k)[Vectors], const float* q) __attribute__((always_inline)) {
+    for (int r = 0; r < Rows; ++r) {
+      const vf factor = set1(q[r * group.stride]);
+      for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(factor, k[n], sums[r][n]);
     }
-  } else {
-    for (int64_t d = 0; d < tile.head_dim; d += 2) {
-      Pairs k[Vectors];
-      for (int n = 0; n < Vectors; ++n) k[n] = load_pairs(keys[n] + d * tile.block_size);
-      for (int r = 0; r < Rows; ++r) {
-        const vf q = set1(group.q[r * group.stride + d]);
-        for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(q, k[n].even, sums[r][n]);
-      }
-      for (int r = 0; r < Rows; ++r) {
-        const vf q = set1(group.q[r * group.stride + d + 1]);
-        for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(q, k[n].odd, sums[r][n]);
-      }
+  };
+  const int64_t line = tile.key_line;
+  for (int64_t d = 0; d < tile.head_dim;) {
+    vf k[Vectors];
+    if constexpr (std::is_same_v<KV, float>) {
+      for (int n = 0; n < Vectors; ++n) k[n] = load(keys[n]);
+      add(k, group.q + d);
+      d += 1;
+    } else {
+      for (int n = 0; n < Vectors; ++n) k[n] = load_even(keys[n]);
+      add(k, group.q + d);
+      for (int n = 0; n < Vectors; ++n) k[n] = load_odd(keys[n]);
+      add(k, group.q + d + 1);
+      d += 2;
     }
+    for (int n = 0; n < Vectors; ++n) keys[n] += line;
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int n = 0; n < Vectors; ++n) store(scores + r * kMaxTile + (first + n) * kLanes, sums[r][n]);
+    for (int n = 0; n < Vectors; ++n) store(scores + r * kTileTokens + (first + n) * kLanes, sums[r][n]);
   }
 }
 
-// Scores of one row to weights 2^(score - maximum), zero outside [begin, end); updates maximum and sums.
-// Returns the factor for what was summed before.
-inline float softmax_row(float* scores, int first_vector, int end_vector, int begin, int end, float* max,
-                         float* lane_sums) {
-  if (begin >= end) {
-    for (int v = first_vector; v < end_vector; ++v) store(scores + v * kLanes, zero());
-    return 1.0f;
-  }
-  const bool partial = begin > first_vector * kLanes || end < end_vector * kLanes;
-  if (partial) {
-    for (int j = first_vector * kLanes; j < begin; ++j) scores[j] = -__builtin_inff();
-    for (int j = end; j < end_vector * kLanes; ++j) scores[j] = -__builtin_inff();
-  }
-  vf highest = load(scores + first_vector * kLanes);
-  for (int v = first_vector + 1; v < end_vector; ++v)
-    highest = fs::FS_ISA::max(highest, load(scores + v * kLanes));
-  const float tile_max = reduce_max(highest);
-  const float old_max = *max;
-  const float new_max = old_max > tile_max ? old_max : tile_max;  // NaN if the tile's is
-  float factors[kLanes];
-  store(factors, exp2(set1(old_max - new_max)));
-  const float factor = factors[0];
-  *max = new_max;
-
-  vf sums = load(lane_sums) * set1(factor);
-  const vf shift = set1(new_max);
-  for (int v = first_vector; v < end_vector; ++v) {
-    vf weight = exp2(load(scores + v * kLanes) - shift);
-    if (partial) {
-      store(scores + v * kLanes, weight);
-      for (int j = v * kLanes; j < (v + 1) * kLanes; ++j) {
-        if (j < begin || j >= end) scores[j] = 0.0f;
-      }
-      weight = load(scores + v * kLanes);
+// Scores to weights 2^(score - maximum), zero where a row sees nothing; updates maxima and sums. factors[r]
+// is for what row r has summed up before.
+template <int Rows>
+void softmax(const RowGroup& group, int first_vector, int end_vector, float* scores, float* factors) {
+  const int first = first_vector * kLanes;
+  const int end = end_vector * kLanes;
+  float shifts[Rows];
+  float changes[(Rows + kLanes - 1) / kLanes * kLanes] = {};
+  for (int r = 0; r < Rows; ++r) {
+    float* row = scores + r * kTileTokens;
+    for (int j = first; j < group.begin[r]; ++j) row[j] = -__builtin_inff();
+    for (int j = group.end[r]; j < end; ++j) row[j] = -__builtin_inff();
+    vf highest = load(row + first);
+    for (int v = first_vector + 1; v < end_vector; ++v) {
+      highest = fs::FS_ISA::max(highest, load(row + v * kLanes));
     }
-    store(scores + v * kLanes, weight);
-    sums = sums + weight;
+    const float tile_max = highest_lane(highest);
+    const float old_max = group.max[r];
+    const float new_max = old_max > tile_max ? old_max : tile_max;  // NaN if the tile's is
+    if (group.begin[r] < group.end[r]) {
+      changes[r] = old_max - new_max;
+      group.max[r] = new_max;
+    }
+    shifts[r] = new_max;
   }
-  store(lane_sums, sums);
-  return factor;
+  for (int r = 0; r < Rows; r += kLanes) store(changes + r, exp2_of_negative(load(changes + r)));
+  for (int r = 0; r < Rows; ++r) {
+    float* row = scores + r * kTileTokens;
+    const vf shift = set1(shifts[r]);
+    vf sums = load(group.lane_sums + r * kLanes) * set1(changes[r]);
+    if (group.begin[r] <= first && group.end[r] >= end) {
+      for (int v = first_vector; v < end_vector; ++v) {
+        const vf weight = exp2_of_negative(load(row + v * kLanes) - shift);
+        store(row + v * kLanes, weight);
+        sums = sums + weight;
+      }
+    } else {
+      for (int v = first_vector; v < end_vector; ++v) {
+        store(row + v * kLanes, exp2_of_negative(load(row + v * kLanes) - shift));
+      }
+      for (int j = first; j < group.begin[r]; ++j) row[j] = 0.0f;
+      for (int j = group.end[r]; j < end; ++j) row[j] = 0.0f;
+      for (int v = first_vector; v < end_vector; ++v) sums = sums + load(row + v * kLanes);
+    }
+    store(group.lane_sums + r * kLanes, sums);
+    factors[r] = changes[r];
+  }
 }
 
-// A vector of V: kLanes dims, or the first `count` of them where D ends inside the vector.
-template <bool Whole>
-vf load_value(const float* p, [[maybe_unused]] int count) {
-  if constexpr (Whole) {
-    return load(p);
-  } else {
-    return load_first(p, count);
-  }
-}
-template <bool Whole>
-Pairs load_value(const bf16* p, [[maybe_unused]] int count) {
-  if constexpr (Whole) {
-    return load_pairs(p);
-  } else {
-    bf16 pairs[2 * kLanes] = {};
-    for (int i = 0; i < 2 * count; ++i) pairs[i] = p[i];
-    return load_pairs(pairs);
-  }
-}
-
-// out[r][dim...] = out * factor + sum over keys [begin, end) of weights[r][key] * v[key][dim...].
-template <class KV, int Rows, int Vectors, bool Whole>
+// out[r][dim...] = out * factor + sum over tokens [begin, end) of weights[r][token] * v[token][dim...]. Of
+// bfloat16, begin and end are even.
+template <class KV, int Rows, int Vectors>
 void weigh_pass(const RowGroup& group, const Tile<KV>& tile, int begin, int end, int64_t dim,
                 const float* weights, const float* factors) {
-  const int count = static_cast<int>(tile.head_dim - dim);  // only looked at if not Whole
-  const int64_t line = tile.head_dim;
   vf sums[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) {
     const vf factor = set1(factors[r]);
@@ -167,50 +194,30 @@ void weigh_pass(const RowGroup& group, const Tile<KV>& tile, int begin, int end,
       sums[r][n] = load(group.out + r * group.stride + dim + n * kLanes) * factor;
     }
   }
-  const int block_size = static_cast<int>(tile.block_size);
-  for (int key = begin; key < end;) {
-    const int block = key / block_size;
-    const int block_end = (block + 1) * block_size < end ? (block + 1) * block_size : end;
-    const KV* values = tile.values[block] + value_index<KV>(key % block_size, dim, line);
-    if constexpr (std::is_same_v<KV, float>) {
-      for (; key < block_end; ++key, values += line) {
-        vf v[Vectors];
-        for (int n = 0; n < Vectors; ++n) v[n] = load_value<Whole>(values + n * kLanes, count);
-        for (int r = 0; r < Rows; ++r) {
-          const vf weight = set1(weights[r * kMaxTile + key]);
-          for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(weight, v[n], sums[r][n]);
-        }
+  const auto add = [&](const vf(&v)[Vectors], const float* weight) __attribute__((always_inline)) {
+    for (int r = 0; r < Rows; ++r) {
+      const vf factor = set1(weight[r * kTileTokens]);
+      for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(factor, v[n], sums[r][n]);
+    }
+  };
+  const int64_t line = std::is_same_v<KV, float> ? tile.value_dims : 2 * tile.value_dims;
+  for (int token = begin; token < end;) {
+    const int stop = token / 16 * 16 + 16 < end ? token / 16 * 16 + 16 : end;
+    const KV* values = tile.values[token / 16] + value_index<KV>(token % 16, dim, tile.value_dims);
+    while (token < stop) {
+      vf v[Vectors];
+      if constexpr (std::is_same_v<KV, float>) {
+        for (int n = 0; n < Vectors; ++n) v[n] = load(values + n * kLanes);
+        add(v, weights + token);
+        token += 1;
+      } else {
+        for (int n = 0; n < Vectors; ++n) v[n] = load_even(values + 2 * n * kLanes);
+        add(v, weights + token);
+        for (int n = 0; n < Vectors; ++n) v[n] = load_odd(values + 2 * n * kLanes);
+        add(v, weights + token + 1);
+        token += 2;
       }
-    } else {
-      const auto add = [&](const KV* from, int k, auto first, auto second) {
-        Pairs v[Vectors];
-        for (int n = 0; n < Vectors; ++n) v[n] = load_value<Whole>(from + 2 * n * kLanes, count);
-        if constexpr (first.value) {
-          for (int r = 0; r < Rows; ++r) {
-            const vf weight = set1(weights[r * kMaxTile + k]);
-            for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(weight, v[n].even, sums[r][n]);
-          }
-        }
-        if constexpr (second.value) {
-          for (int r = 0; r < Rows; ++r) {
-            const vf weight = set1(weights[r * kMaxTile + k + 1]);
-            for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(weight, v[n].odd, sums[r][n]);
-          }
-        }
-      };
-      constexpr std::true_type yes;
-      constexpr std::false_type no;
-      if (key % 2 != 0) {  // the pair's first token is not visible
-        values -= 1;
-        add(values, key - 1, no, yes);
-        values += 2 * line;
-        key += 1;
-      }
-      for (; key + 2 <= block_end; key += 2, values += 2 * line) add(values, key, yes, yes);
-      if (key < block_end) {  // its second may not be written yet
-        add(values, key, yes, no);
-        key += 1;
-      }
+      values += line;
     }
   }
   for (int r = 0; r < Rows; ++r) {
@@ -218,12 +225,37 @@ void weigh_pass(const RowGroup& group, const Tile<KV>& tile, int begin, int end,
   }
 }
 
-// One tile for `Rows` rows.
 template <class KV, int Rows>
-void attend_rows(const RowGroup& group, const Tile<KV>& tile) {
-  constexpr int kVectors = vectors_per_pass(Rows);
-  // Rows are in ascending order of what they see.
-  int begin = kMaxTile;
+void weigh(const RowGroup& group, const Tile<KV>& tile, const Tile<KV>* next, int begin, int end,
+           const float* weights, const float* factors) {
+  constexpr int kVectors = vectors_per_pass<KV>(Rows);
+  int64_t dim = 0;
+  for (; dim + kVectors * kLanes <= tile.value_dims; dim += kVectors * kLanes) {
+    if (next != nullptr) prefetch_values(*next, dim, kVectors);
+    weigh_pass<KV, Rows, kVectors>(group, tile, begin, end, dim, weights, factors);
+  }
+  for (; dim < tile.value_dims; dim += kLanes) {
+    weigh_pass<KV, Rows, 1>(group, tile, begin, end, dim, weights, factors);
+  }
+}
+
+// One token of a pair whose other one may not be looked at.
+template <int Rows>
+void weigh_half_pair(const RowGroup& group, const Tile<bf16>& tile, int token, const float* weights,
+                     const float* factors) {
+  float value[kMaxHeadDim];
+  const bf16* pairs = tile.values[token / 16] + value_index<bf16>(token % 16, 0, tile.value_dims);
+  for (int64_t d = 0; d < tile.value_dims; ++d) value[d] = to_float(pairs[2 * d]);
+  Tile<float> one{};
+  one.values[0] = value;
+  one.value_dims = tile.value_dims;
+  weigh<float, Rows>(group, one, nullptr, 0, 1, weights + token, factors);
+}
+
+// One tile for `Rows` rows. value_dims is a multiple of kLanes. `next` is fetched meanwhile if given.
+template <class KV, int Rows>
+void attend_rows(const RowGroup& group, const Tile<KV>& tile, const Tile<KV>* next) {
+  int begin = kTileTokens;
   int end = 0;
   for (int r = 0; r < Rows; ++r) {
     if (group.begin[r] >= group.end[r]) continue;
@@ -231,48 +263,49 @@ void attend_rows(const RowGroup& group, const Tile<KV>& tile) {
     end = group.end[r] > end ? group.end[r] : end;
   }
   if (begin >= end) return;
-  const int first_vector = begin / kLanes;
-  const int end_vector = (end + kLanes - 1) / kLanes;
 
-  alignas(64) float scores[Rows * kMaxTile];
-  int vector = first_vector;
-  for (; vector + kVectors <= end_vector; vector += kVectors) {
-    score_pass<KV, Rows, kVectors>(group, tile, vector, scores);
+  constexpr int kVectors = vectors_per_pass<KV>(Rows);
+  const int first_vector = begin / (kVectors * kLanes) * kVectors;
+  const int end_vector = (end + kVectors * kLanes - 1) / (kVectors * kLanes) * kVectors;
+  alignas(64) float scores[Rows * kTileTokens];
+  for (int v = first_vector; v < end_vector; v += kVectors) {
+    if (next != nullptr) prefetch_keys(*next, v, kVectors);
+    score_pass<KV, Rows, kVectors>(group, tile, v, scores);
   }
-  for (; vector < end_vector; ++vector) score_pass<KV, Rows, 1>(group, tile, vector, scores);
-
   float factors[Rows];
-  for (int r = 0; r < Rows; ++r) {
-    factors[r] = softmax_row(scores + r * kMaxTile, first_vector, end_vector, group.begin[r], group.end[r],
-                             group.max + r, group.lane_sums + r * kLanes);
+  softmax<Rows>(group, first_vector, end_vector, scores, factors);
+  if constexpr (std::is_same_v<KV, float>) {
+    weigh<KV, Rows>(group, tile, next, begin, end, scores, factors);
+  } else {
+    if (begin % 2 != 0) {
+      weigh_half_pair<Rows>(group, tile, begin, scores, factors);
+      begin += 1;
+      for (int r = 0; r < Rows; ++r) factors[r] = 1.0f;
+    }
+    weigh<KV, Rows>(group, tile, next, begin, end - end % 2, scores, factors);
+    if (end % 2 != 0 && end > begin) {
+      for (int r = 0; r < Rows; ++r) factors[r] = 1.0f;
+      weigh_half_pair<Rows>(group, tile, end - 1, scores, factors);
+    }
   }
-
-  int64_t dim = 0;
-  for (; dim + kVectors * kLanes <= tile.head_dim; dim += kVectors * kLanes) {
-    weigh_pass<KV, Rows, kVectors, true>(group, tile, begin, end, dim, scores, factors);
-  }
-  for (; dim + kLanes <= tile.head_dim; dim += kLanes) {
-    weigh_pass<KV, Rows, 1, true>(group, tile, begin, end, dim, scores, factors);
-  }
-  if (dim < tile.head_dim) weigh_pass<KV, Rows, 1, false>(group, tile, begin, end, dim, scores, factors);
 }
 
 template <class KV>
-void attend(const RowGroup& group, const Tile<KV>& tile, int num_rows) {
+void attend(const RowGroup& group, const Tile<KV>& tile, const Tile<KV>* next, int num_rows) {
   static_assert(kGroupRows == 6);
   switch (num_rows) {
     case 1:
-      return attend_rows<KV, 1>(group, tile);
+      return attend_rows<KV, 1>(group, tile, next);
     case 2:
-      return attend_rows<KV, 2>(group, tile);
+      return attend_rows<KV, 2>(group, tile, next);
     case 3:
-      return attend_rows<KV, 3>(group, tile);
+      return attend_rows<KV, 3>(group, tile, next);
     case 4:
-      return attend_rows<KV, 4>(group, tile);
+      return attend_rows<KV, 4>(group, tile, next);
     case 5:
-      return attend_rows<KV, 5>(group, tile);
+      return attend_rows<KV, 5>(group, tile, next);
     default:
-      return attend_rows<KV, 6>(group, tile);
+      return attend_rows<KV, 6>(group, tile, next);
   }
 }
 

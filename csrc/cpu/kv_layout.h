@@ -68,25 +68,30 @@ inline void check_kv_cache(const Tensor& cache, const char* op_name) {
            op_name << ": head_dim is " << head_dim << "; the CPU takes even numbers up to " << kMaxHeadDim);
 }
 
-struct Pairs {
-  vf even, odd;
-};
-
-// kLanes pairs as their first and their second elements.
-inline Pairs load_pairs(const bf16* p) {
+// The first and the second elements of kLanes pairs.
+inline vf load_even(const bf16* p) {
 #if defined(FS_SIMD_AVX512)
-  const __m512i raw = _mm512_loadu_si512(p);
-  return {{_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16))},
-          {_mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))}};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
 #elif defined(FS_SIMD_AVX2)
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {{_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16))},
-          {_mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))}};
+  return {
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
 #else
-  v4i raw;
-  std::memcpy(&raw, p, sizeof(raw));
-  return {{__builtin_bit_cast(v4f, raw << 16)},
-          {__builtin_bit_cast(v4f, raw & static_cast<int32_t>(0xffff0000u))}};
+  v4i pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  return {__builtin_bit_cast(v4f, pairs << 16)};
+#endif
+}
+inline vf load_odd(const bf16* p) {
+  constexpr auto kUpper = static_cast<int>(0xffff0000u);
+#if defined(FS_SIMD_AVX512)
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(kUpper)))};
+#elif defined(FS_SIMD_AVX2)
+  return {_mm256_castsi256_ps(
+      _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(kUpper)))};
+#else
+  v4i pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  return {__builtin_bit_cast(v4f, pairs & kUpper)};
 #endif
 }
 

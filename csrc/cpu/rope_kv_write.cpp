@@ -123,9 +123,6 @@ void rotate_and_write(const RopeKvWrite& op, const float* q_norm, const float* k
 }
 
 void rope_kv_write(const RopeKvWrite& op, const OpContext&) {
-  FS_CHECK(op.q.dtype == DType::f32 && op.k.dtype == DType::f32 && op.v.dtype == DType::f32,
-           "rope_kv_write: q, k and v are " << name_of(op.q.dtype) << ", " << name_of(op.k.dtype) << " and "
-                                            << name_of(op.v.dtype) << "; the cpu kernel takes float32");
   check(op);
   float q_buffer[kMaxHeadDim];
   float k_buffer[kMaxHeadDim];

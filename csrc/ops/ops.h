@@ -109,8 +109,8 @@ struct Attention {
       "kv_cache"};
   static constexpr auto args() {
     return std::tuple{
-        tensor(&Attention::out, "out", "T Nq D", kActivations, Access::write).rows(),
-        tensor(&Attention::q, "q", "T Nq D", kActivations).rows(),
+        activation(&Attention::out, "out", "T Nq D", Access::write).rows(),
+        activation(&Attention::q, "q", "T Nq D").rows(),
         tensor(&Attention::kv_cache, "kv_cache", "NB 2 Nkv S D", kActivations),
         tensor(&Attention::block_tables, "block_tables", "B MB", DType::i32),
         tensor(&Attention::items, "items", "I 8", DType::i32),
