@@ -16,7 +16,7 @@ CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test native check format unit cpp-test sanitize clean
+.PHONY: demo test native simulated check format unit cpp-test sanitize clean
 
 demo: native $(MODEL)/config.json
 	$(PY) tools/demo.py $(MODEL)
@@ -54,9 +54,21 @@ $(MODEL)/config.json: | native
 
 # --- tests ---
 
-unit: native $(MODEL)/config.json
+unit: native simulated $(MODEL)/config.json
 	@echo "== pytest"
 	@$(PY) -m pytest
+
+# The simulated CUDA device with its own tests, and the kernels on it for tests/cuda. nvcc comes from PyPI where none is
+# installed.
+simulated: $(VENV)/.env
+	@echo "== simulated CUDA device"
+	@mkdir -p build
+	@tools/ensure_googletest.sh
+	@command -v nvcc > /dev/null || test -x /usr/local/cuda/bin/nvcc || $(PY) tools/install_requirements.py cuda
+	@$(CMAKE) -G Ninja -S . -B build/sim -DPython_EXECUTABLE=$(abspath $(PY)) -DFASTSERVE_CUDA=ON \
+	  -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_SIMULATED=ON > build/sim.log || (cat build/sim.log; exit 1)
+	@$(CMAKE) --build build/sim -j $(JOBS) > build/sim.log || (cat build/sim.log; exit 1)
+	@$(call ctest,sim)
 
 cpp-test: $(VENV)/.env
 	@echo "== C++ tests"

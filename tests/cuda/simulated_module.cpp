@@ -87,6 +87,7 @@ void convert(const py::handle& given, Arg<Op, Field> arg, Op* op) {
 
 template <class Op>
 void run_op(const py::dict& arguments) {
+  ptxsim_clear_report();  // a fault of an earlier run is not this one's
   Op op{};
   std::vector<std::unique_ptr<DeviceCopy>> copies;
   const auto take = [&](const auto& arg) {
@@ -98,7 +99,6 @@ void run_op(const py::dict& arguments) {
     }
   };
   std::apply([&](const auto&... arg) { (take(arg), ...); }, Op::args());
-  ptxsim_clear_report();
   ptxsim_reset_counters();
   run(op);
   check(cudaDeviceSynchronize(), Op::info.name);
