@@ -3,6 +3,7 @@
 #   make demo      a real model answers questions about a document, on this machine's CPU
 #   make test      everything that CI runs
 #   make native    rebuild the extension after a change in csrc/
+#   make wheel     a wheel in dist/, with CUDA kernels if nvcc is there, installed and tried in an empty environment
 #   make check     style: ruff, mypy, clang-format
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test native simulated check format unit cpp-test sanitize clean
+.PHONY: demo test native wheel simulated check format unit cpp-test sanitize clean
 
 demo: native $(MODEL)/config.json
 	$(PY) tools/demo.py $(MODEL)
@@ -51,6 +52,15 @@ native:
 
 $(MODEL)/config.json: | native
 	$(PY) tools/fetch_demo_model.py $(MODEL)
+
+# With CUDA=OFF for CPU kernels only. The wheel's Python is the environment's own.
+CUDA ?= AUTO
+wheel: $(VENV)/.env $(MODEL)/config.json
+	@echo "== wheel"
+	@rm -rf dist build/wheel && mkdir -p build
+	@FASTSERVE_BUILD_TREE=build/wheel CMAKE_ARGS="-DFASTSERVE_CUDA=$(CUDA) -DFASTSERVE_CUDA_ARCHS=release" \
+	  $(PY) setup.py -q bdist_wheel > build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
+	@$(PY) tools/prove_wheel.py dist/*.whl $(MODEL)
 
 # --- tests ---
 

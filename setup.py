@@ -15,13 +15,15 @@ ROOT = Path(__file__).resolve().parent
 class CMakeBuild(build_ext):
     """Runs CMake for the one module; `pip install -e .` puts it beside the Python sources.
 
-    The build tree is kept in build/ between runs, so a second run compiles only what changed. Extra CMake
-    arguments come from the environment variable CMAKE_ARGS, the number of jobs from CMAKE_BUILD_PARALLEL_LEVEL.
+    The build tree (build/, or FASTSERVE_BUILD_TREE) is kept between runs, so a second run compiles only what changed.
+    Extra CMake arguments come from the environment variable CMAKE_ARGS, the number of jobs from
+    CMAKE_BUILD_PARALLEL_LEVEL.
     """
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build_tree = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        default_tree = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        build_tree = Path(os.environ.get("FASTSERVE_BUILD_TREE", default_tree)).resolve()
         build_tree.mkdir(parents=True, exist_ok=True)
         cmake = [sys.executable, "-m", "cmake"]
         subprocess.run(

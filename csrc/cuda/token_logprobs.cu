@@ -127,7 +127,8 @@ __device__ __forceinline__ void logprobs_of_row(const LogprobArgs& args, int64_t
   }
 }
 
-__global__ void __launch_bounds__(kRowThreads) token_logprobs_kernel(const LogprobArgs args) {
+// At least one block per multiprocessor: left to itself ptxas aims at two on sm_100, and spills.
+__global__ void __launch_bounds__(kRowThreads, 1) token_logprobs_kernel(const LogprobArgs args) {
   __shared__ Scratch scratch;
   float* workspace = args.workspace + blockIdx.x * args.workspace_stride;
   for (int64_t b = blockIdx.x; b < args.num_rows; b += gridDim.x) {
