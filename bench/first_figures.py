@@ -22,7 +22,7 @@ import torch
 
 from fastserve import LLM, SamplingParams, __version__, _native
 from fastserve.doctor import cpu_name
-from fastserve.layers import Linear
+from fastserve.layers import make_linear
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
 
@@ -99,7 +99,7 @@ def machine_limits(llm: LLM) -> dict[str, float]:
     torch.set_num_threads(1)
     bandwidth = source.numel() * 4 / seconds
     weight = torch.randn(2048, 2048).to(llm.loaded.runner.model.lm_head.packed.dtype)
-    linear, x, out = Linear(weight), torch.randn(512, 2048), torch.empty(512, 2048)
+    linear, x, out = make_linear(llm.loaded.runner.device, weight), torch.randn(512, 2048), torch.empty(512, 2048)
     workspace = torch.empty(linear.workspace_bytes(512), dtype=torch.uint8)
     flops = 2 * 512 * 2048 * 2048 / min(timed(lambda: linear(out, x, workspace)) for _ in range(9))
     linears = list(llm.loaded.runner.model.linears())

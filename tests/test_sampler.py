@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastserve.config import SamplingParams
+from fastserve.engine.device import CpuDevice
 from fastserve.engine.sampler import Sampler
 from fastserve.outputs import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken
 from fastserve.request import Request
@@ -27,7 +28,7 @@ def request(name: str, prompt: list[int], seed: int = 0, **params: Any) -> Reque
 
 
 def make_sampler(max_num_rows: int = 16) -> Sampler:
-    return Sampler(VOCAB, max_num_rows, EOS)
+    return Sampler(CpuDevice(None), VOCAB, max_num_rows, EOS)
 
 
 def logits_of(rows: int, seed: int = 0) -> torch.Tensor:

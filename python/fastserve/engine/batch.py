@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fastserve import _native
+from fastserve.engine.device import Device
 from fastserve.engine.scheduler import StepPlan
 from fastserve.layers import Linear
 from fastserve.model_config import ModelConfig
@@ -39,24 +41,30 @@ class Batch:
     block_tables: torch.Tensor  # int32 [requests, longest table], -1 padded
     attention: dict[int, AttentionWork]  # by window, 0 = none
     row_starts: tuple[int, ...]  # each request's first row
+    sample_rows: torch.Tensor  # int32, the last row of each request that samples
+    graph_key: Hashable | None  # what a recording of this step depends on; None: it is not to be recorded
 
     @property
-    def num_tokens(self) -> int:
+    def num_rows(self) -> int:
+        """The step's tokens; with padding rows, which nobody reads, if it is to be recorded."""
         return self.token_ids.shape[0]
 
 
 class BatchBuilder:
     """Makes Batches; keeps what is the same for all steps.
 
-    `windows` are the distinct attention windows of the model's layers, 0 for none.
+    `windows` are the distinct attention windows of the model's layers, 0 for none. On a device with graphs a step of
+    decodes alone, of at most `max_decodes` requests, is padded, so that few recordings serve all such steps.
     """
 
-    def __init__(self, config: ModelConfig, block_size: int) -> None:
+    def __init__(self, device: Device, config: ModelConfig, block_size: int, max_decodes: int) -> None:
+        self.device = device
+        self.max_decodes = max_decodes
         self.block_size = block_size
         self.config = config
         self.span = ATTENTION_SPAN * block_size
         self.windows = sorted({window or 0 for window in config.layer_windows})
-        self.workspaces: dict[int, torch.Tensor] = {window: torch.empty(0) for window in self.windows}
+        self.workspaces = {window: device.empty((0,), torch.float32) for window in self.windows}
 
     def build(self, plan: StepPlan) -> Batch:
         num_tokens, num_requests = plan.num_tokens, len(plan.items)
@@ -84,16 +92,37 @@ class BatchBuilder:
             row += count
             query_start[index + 1] = row
             seq_lens[index] = end
+        sampling = [index + 1 for index, item in enumerate(plan.items) if item.sample]
+        plans = [self._plan_attention(window, query_start, seq_lens) for window in self.windows]
+        arrays = [token_ids, positions, slots, tables, query_start[sampling] - 1]
+        arrays += [array for work in plans for array in (work.items, work.merges, work.parts)]
+        decodes_only = num_tokens == num_requests == len(sampling) <= self.max_decodes
+        recorded = self.device.has_graphs and decodes_only
+        if recorded:
+            arrays = _padded(arrays, self.max_decodes)
+        staged = self.device.stage(arrays)
+        work_tensors = iter(staged[5:])
         return Batch(
-            token_ids=torch.from_numpy(token_ids),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(slots),
-            block_tables=torch.from_numpy(tables),
-            attention={window: self._plan_attention(window, query_start, seq_lens) for window in self.windows},
+            token_ids=staged[0],
+            positions=staged[1],
+            slot_mapping=staged[2],
+            block_tables=staged[3],
+            attention={
+                window: AttentionWork(
+                    next(work_tensors), next(work_tensors), next(work_tensors), self.workspaces[window], self.span
+                )
+                for window in self.windows
+            },
             row_starts=tuple(query_start.tolist()),
+            sample_rows=staged[4],
+            graph_key=self._graph_key(arrays) if recorded else None,
         )
 
-    def _plan_attention(self, window: int, query_start: np.ndarray, seq_lens: np.ndarray) -> AttentionWork:
+    def _graph_key(self, arrays: list[np.ndarray]) -> Hashable:
+        workspaces = tuple(workspace.data_ptr() for workspace in self.workspaces.values())
+        return tuple(array.shape for array in arrays), workspaces, self.device.stage_generation
+
+    def _plan_attention(self, window: int, query_start: np.ndarray, seq_lens: np.ndarray) -> _native.AttentionPlan:
         config = self.config
         plan = _native.AttentionPlan(
             query_start,
@@ -103,18 +132,39 @@ class BatchBuilder:
             group_size=config.num_heads // config.num_kv_heads,
             num_kv_heads=config.num_kv_heads,
             window=window,
-            num_workers=_native.num_threads(),
+            num_workers=self.device.attention_workers,
+            rows_per_item=self.device.rows_per_item,
         )
         needed = plan.workspace_floats(config.num_heads, config.head_dim)
         if self.workspaces[window].numel() < needed:
-            self.workspaces[window] = torch.empty(needed, dtype=torch.float32)
-        return AttentionWork(
-            items=torch.from_numpy(plan.items),
-            merges=torch.from_numpy(plan.merges),
-            parts=torch.from_numpy(plan.parts),
-            workspace=self.workspaces[window],
-            span=self.span,
-        )
+            self.workspaces[window] = self.device.empty((needed,), torch.float32)
+        return plan
+
+
+def _padded(arrays: list[np.ndarray], max_rows: int) -> list[np.ndarray]:
+    """The arrays of a step of decodes at the next larger of a few sizes. A padding row is a token at position 0 that
+    is written to no slot; a padding item or merge has no rows."""
+    token_ids, positions, slots, tables, sample_rows, *work = arrays
+    rows = min(_next_size(len(token_ids)), max_rows)
+    width = 1 << (tables.shape[1] - 1).bit_length()
+
+    def grown(array: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:
+        large = np.full(shape, fill, np.int32)
+        large[tuple(slice(0, extent) for extent in array.shape)] = array
+        return large
+
+    return [
+        grown(token_ids, (rows,), 0),
+        grown(positions, (rows,), 0),
+        grown(slots, (rows,), -1),
+        grown(tables, (rows, width), -1),
+        grown(sample_rows, (rows,), 0),
+        *(grown(array, (1 << len(array).bit_length(), *array.shape[1:]), 0) for array in work),
+    ]
+
+
+def _next_size(num_rows: int) -> int:
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
 
 
 class StepBuffers:
@@ -124,14 +174,23 @@ class StepBuffers:
     the same sizes come back step after step.
     """
 
-    def __init__(self, config: ModelConfig, linears: list[Linear], max_num_tokens: int, max_logit_rows: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        linears: list[Linear],
+        max_num_tokens: int,
+        max_logit_rows: int,
+    ) -> None:
+        """`dtype` is that of the activations; logits are always float32."""
         width, head = config.hidden_size, config.head_dim
         self.max_logit_rows = max_logit_rows
         self.num_q, self.num_kv = config.num_heads * head, config.num_kv_heads * head
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head
 
         def floats(rows: int, columns: int) -> torch.Tensor:
-            return torch.empty((rows, columns), dtype=torch.float32)
+            return device.empty((rows, columns), dtype)
 
         self.residual = floats(max_num_tokens, width)
         self.normed = floats(max_num_tokens, width)
@@ -142,9 +201,11 @@ class StepBuffers:
         self.gated = floats(max_num_tokens, config.intermediate_size)
         self.logit_rows = floats(max_logit_rows, width)
         self.logit_residual = floats(max_logit_rows, width)
-        self.logits = floats(max_logit_rows, config.vocab_size)
+        self.logits = device.empty((max_logit_rows, config.vocab_size), torch.float32)
+        narrow = dtype != torch.float32  # then the head's result is widened
+        self.narrow_logits = floats(max_logit_rows if narrow else 0, config.vocab_size)
         workspace_bytes = max(linear.workspace_bytes(max(max_num_tokens, max_logit_rows)) for linear in linears)
-        self.workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
+        self.workspace = device.empty((workspace_bytes,), torch.uint8)
         self._views: dict[int, StepViews] = {}
 
     @property

@@ -9,47 +9,51 @@ from pathlib import Path
 
 import torch
 
-from fastserve import _native
 from fastserve.config import EngineConfig
-from fastserve.engine.batch import BatchBuilder, StepBuffers, StepViews
-from fastserve.engine.memory import MemoryPlan, free_memory_bytes, plan_memory
+from fastserve.engine.batch import Batch, BatchBuilder, StepBuffers, StepViews
+from fastserve.engine.device import DTYPES, Device, make_device
+from fastserve.engine.memory import MemoryPlan, plan_memory
 from fastserve.engine.sampler import Sampler
 from fastserve.engine.scheduler import StepItem, StepPlan
-from fastserve.errors import FastserveError
+from fastserve.engine.step_graphs import StepGraphs
 from fastserve.model_config import ModelConfig
 from fastserve.models import model_class_for
 from fastserve.outputs import SampledToken
 from fastserve.weights.safetensors import open_checkpoint
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class ModelRunner:
-    """Runs one model on one device.
+    """Runs one model on one device, by default the one that `config` names.
 
     Loading raises ModelLoadError for a bad folder and FastserveError when memory does not suffice. `progress` is
     called as (layers loaded, layers).
     """
 
     def __init__(
-        self, model_dir: str | Path, config: EngineConfig, progress: Callable[[int, int], None] | None = None
+        self,
+        model_dir: str | Path,
+        config: EngineConfig,
+        progress: Callable[[int, int], None] | None = None,
+        device: Device | None = None,
     ) -> None:
-        if config.device == "cuda":
-            raise FastserveError("device='cuda': this build has CPU kernels only; use device='auto' or 'cpu'")
-        _native.set_num_threads(config.num_threads or _native.num_physical_cores())
-        torch.set_num_threads(1)  # inside a step the native pool has the cores
+        self.device = device or make_device(config)
         self.config = config
         self.model_config = ModelConfig.from_dir(model_dir)
         model_class = model_class_for(self.model_config.architecture)
-        dtype = _weight_dtype(config, self.model_config)
-        kv_dtype = _kv_dtype(config, dtype)
+        dtype = self.device.weight_dtype(config.dtype, DTYPES[self.model_config.torch_dtype or "float32"])
+        kv_dtype = self.device.kv_dtype(config.kv_cache_dtype, dtype)
         model_max_len = self.model_config.max_position_embeddings
         with torch.inference_mode(), open_checkpoint(model_dir) as checkpoint:
             longest = min(config.max_model_len or model_max_len, model_max_len)
-            self.model = model_class(self.model_config, checkpoint, dtype, longest, progress)
+            self.model = model_class(self.model_config, checkpoint, self.device, dtype, longest, progress)
             max_logit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
             self.buffers = StepBuffers(
-                self.model_config, list(self.model.linears()), config.max_num_batched_tokens, max_logit_rows
+                self.device,
+                self.model_config,
+                self.device.activation_dtype(dtype),
+                list(self.model.linears()),
+                config.max_num_batched_tokens,
+                max_logit_rows,
             )
         m = self.model_config
         block_elements = m.num_layers * 2 * m.num_kv_heads * config.block_size * m.head_dim
@@ -59,12 +63,13 @@ class ModelRunner:
             weight_bytes=self.model.num_bytes,
             buffer_bytes=self.buffers.num_bytes,
             model_max_len=model_max_len,
-            free_bytes=free_memory_bytes(),
+            free_bytes=self.device.free_memory_bytes(),
         )
         shape = (self.memory_plan.num_blocks, 2, m.num_kv_heads, config.block_size, m.head_dim)
-        self.kv_cache = [torch.empty(shape, dtype=kv_dtype) for _ in range(m.num_layers)]
-        self.batches = BatchBuilder(m, config.block_size)
-        self.sampler = Sampler(m.vocab_size, max_logit_rows, self.eos_token_ids)
+        self.kv_cache = [self.device.empty(shape, kv_dtype) for _ in range(m.num_layers)]
+        self.batches = BatchBuilder(self.device, m, config.block_size, max_logit_rows)
+        self.graphs = StepGraphs(self.device)
+        self.sampler = Sampler(self.device, m.vocab_size, max_logit_rows, self.eos_token_ids)
 
     @property
     def num_blocks(self) -> int:
@@ -89,12 +94,15 @@ class ModelRunner:
         for request_id in plan.finished:
             self.sampler.forget(request_id)
         batch = self.batches.build(plan)
-        views = self.buffers.rows(batch.num_tokens)
-        self.model.forward(batch, self.kv_cache, views)
+        views = self.buffers.rows(batch.num_rows)
         results: list[SampledToken | None] = [None] * len(plan.items)
         sampling = [index for index, item in enumerate(plan.items) if item.sample]
+        if batch.graph_key is None:
+            self._compute(batch, views)
+        else:
+            self.graphs.run(batch.graph_key, lambda: self._compute(batch, views))
         if sampling:  # never more than max_num_seqs, which is what the logits buffer holds
-            logits = self._logits([batch.row_starts[index + 1] - 1 for index in sampling], views)
+            logits = self.buffers.logits[: len(sampling)]
             tokens = self.sampler.sample(logits, [plan.items[index].request for index in sampling])
             for index, token in zip(sampling, tokens, strict=True):
                 results[index] = token
@@ -105,8 +113,14 @@ class ModelRunner:
                     results[index] = replace(results[index] or SampledToken(None), prompt=prompt)
         return results
 
+    def _compute(self, batch: Batch, views: StepViews) -> None:
+        """Queues the step: hidden states of all rows into `views`, logits of the rows that sample into the buffers."""
+        self.model.forward(batch, self.kv_cache, views)
+        if batch.sample_rows.shape[0] > 0:
+            self.model.logits(batch.sample_rows, views, self.buffers)
+
     def _logits(self, rows: list[int], views: StepViews) -> torch.Tensor:
-        return self.model.logits(torch.tensor(rows, dtype=torch.int64), views, self.buffers)
+        return self.model.logits(self.device.upload(torch.tensor(rows, dtype=torch.int32)), views, self.buffers)
 
     def _prompt_logprobs(self, item: StepItem, first_row: int, views: StepViews) -> list[SampledToken]:
         """For each row of the item whose next token is in the prompt, that token with its logprobs. The logits are
@@ -123,19 +137,6 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give back the weights, the KV cache and the buffers. The runner must not be used afterwards."""
-        for name in ("model", "kv_cache", "buffers", "batches", "sampler"):
+        for name in ("graphs", "model", "kv_cache", "buffers", "batches", "sampler"):
             if hasattr(self, name):
                 delattr(self, name)
-
-
-def _weight_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
-    """'auto' keeps the checkpoint's own dtype: on the CPU all three are computed with float32 sums."""
-    return DTYPES[model.torch_dtype or "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
-
-
-def _kv_dtype(config: EngineConfig, weights: torch.dtype) -> torch.dtype:
-    if config.kv_cache_dtype == "auto":
-        return torch.float32 if weights == torch.float32 else torch.bfloat16
-    if config.kv_cache_dtype == "float16":
-        raise FastserveError("kv_cache_dtype='float16' is not available on the CPU; use auto, bfloat16 or float32")
-    return DTYPES[config.kv_cache_dtype]

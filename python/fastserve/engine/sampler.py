@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastserve import _native
 from fastserve.config import SamplingParams
+from fastserve.engine.device import Device
 from fastserve.outputs import SampledToken
 from fastserve.request import Request
 
@@ -89,20 +89,22 @@ def _is_penalised(params: SamplingParams) -> bool:
 
 
 class Sampler:
-    """Samples one token for each row of logits.
+    """Samples one token for each row of logits, on their device.
 
     vocab_size: V, the width of the logits. max_num_rows: the most rows of one call. eos_token_ids: what
     `min_tokens` bans besides the request's own stop token ids.
     """
 
-    def __init__(self, vocab_size: int, max_num_rows: int, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, device: Device, vocab_size: int, max_num_rows: int, eos_token_ids: frozenset[int] = frozenset()
+    ) -> None:
+        self._device = device
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._states: dict[str, _RequestState] = {}
         self._batch = _Batch()
-        self._token_ids = torch.empty(max_num_rows, dtype=torch.int32)
-        self._positions = torch.empty(max_num_rows, dtype=torch.int32)
-        self._workspace = torch.empty(0, 4 * vocab_size)
+        self._token_ids = device.empty((max_num_rows,), torch.int32)
+        self._workspace = device.empty((0, 4 * vocab_size), torch.float32)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken]:
         """The next token of each request; `logits` [len(rows), V] float32 are those of its last token, unchanged."""
@@ -112,8 +114,7 @@ class Sampler:
         batch = self._batch
         arguments = batch.arguments
         if batch.random:
-            arguments["positions"] = self._positions[: len(rows)]
-            arguments["positions"].numpy()[:] = [len(row.token_ids) for row in rows]
+            arguments["positions"] = self._upload([len(row.token_ids) for row in rows], torch.int32)
         if batch.penalised:
             self._list_seen_tokens(batch)
         if batch.min_tokens:
@@ -122,8 +123,8 @@ class Sampler:
                 self._list_bias(batch, banned)
 
         chosen = self._token_ids[: len(rows)]
-        _native.ops.sample(token_ids=chosen, logits=logits, workspace=self._threads_workspace(), **arguments)
-        token_ids: list[int] = chosen.tolist()
+        self._device.ops.sample(token_ids=chosen, logits=logits, workspace=self._workers_workspace(), **arguments)
+        token_ids: list[int] = self._device.fetch(chosen).tolist()
         if not batch.logprobs:
             return [SampledToken(token_id) for token_id in token_ids]
         return self._with_logprobs(logits, token_ids, batch)
@@ -153,7 +154,7 @@ class Sampler:
 
         def put(name: str, values: list[Any], dtype: torch.dtype, neutral: float | None = None) -> None:
             if neutral is None or any(value != neutral for value in values):
-                arguments[name] = torch.tensor(values, dtype=dtype)
+                arguments[name] = self._upload(values, dtype)
 
         if batch.random:
             put("temperature", [0.0 if p.greedy else p.temperature for p in params], torch.float32)
@@ -197,8 +198,8 @@ class Sampler:
                 mask_rows[i] = len(masks)
                 masks.append(state.allowed)
         if masks:
-            batch.arguments["allowed"] = torch.stack(masks)
-            batch.arguments["allowed_rows"] = torch.tensor(mask_rows, dtype=torch.int32)
+            batch.arguments["allowed"] = self._device.upload(torch.stack(masks))
+            batch.arguments["allowed_rows"] = self._upload(mask_rows, torch.int32)
 
     def _list_bias(self, batch: _Batch, banned: list[int]) -> None:
         """The bias lists, in which the tokens that would end a row of `banned` have -infinity."""
@@ -217,9 +218,9 @@ class Sampler:
                 values += [float("-inf")] * len(ending)
             offsets.append(len(ids))
         if ids or "bias" in batch.arguments:
-            batch.arguments["bias_offsets"] = torch.tensor(offsets, dtype=torch.int32)
-            batch.arguments["bias_ids"] = torch.tensor(ids, dtype=torch.int32)
-            batch.arguments["bias"] = torch.tensor(values, dtype=torch.float32)
+            batch.arguments["bias_offsets"] = self._upload(offsets, torch.int32)
+            batch.arguments["bias_ids"] = self._upload(ids, torch.int32)
+            batch.arguments["bias"] = self._upload(values, torch.float32)
 
     def _list_seen_tokens(self, batch: _Batch) -> None:
         offsets, ids, counts = [0], [], []
@@ -229,14 +230,17 @@ class Sampler:
                 ids.append(state.seen.ids)
                 counts.append(state.seen.output_counts)
             offsets.append(offsets[-1] + (len(ids[-1]) if state is not None and state.seen is not None else 0))
-        batch.arguments["seen_offsets"] = torch.tensor(offsets, dtype=torch.int32)
-        batch.arguments["seen_ids"] = torch.from_numpy(np.concatenate(ids))
-        batch.arguments["seen_counts"] = torch.from_numpy(np.concatenate(counts))
+        batch.arguments["seen_offsets"] = self._upload(offsets, torch.int32)
+        batch.arguments["seen_ids"] = self._device.upload(torch.from_numpy(np.concatenate(ids)))
+        batch.arguments["seen_counts"] = self._device.upload(torch.from_numpy(np.concatenate(counts)))
 
-    def _threads_workspace(self) -> torch.Tensor:
-        num_threads = _native.num_threads()
-        if self._workspace.shape[0] < num_threads:
-            self._workspace = torch.empty(num_threads, 4 * self._vocab_size)
+    def _upload(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        return self._device.upload(torch.tensor(values, dtype=dtype))
+
+    def _workers_workspace(self) -> torch.Tensor:
+        num_workers = self._device.sample_workers
+        if self._workspace.shape[0] < num_workers:
+            self._workspace = self._device.empty((num_workers, 4 * self._vocab_size), torch.float32)
         return self._workspace
 
     # --- logprobs ---
@@ -246,7 +250,7 @@ class Sampler:
         wanted = [i for i in batch.logprobs if token_ids[i] >= 0]
         if wanted:
             nums = [batch.rows[i].params.logprobs or 0 for i in wanted]
-            chosen = logits if len(wanted) == len(token_ids) else logits[torch.tensor(wanted)]
+            chosen = logits if len(wanted) == len(token_ids) else logits[self._upload(wanted, torch.int64)]
             for i, token in zip(wanted, self._logprobs(chosen, [token_ids[i] for i in wanted], nums), strict=True):
                 sampled[i] = token
         return sampled
@@ -258,22 +262,22 @@ class Sampler:
         sampled: list[SampledToken] = []
         for begin in range(0, len(token_ids), rows_at_once):
             piece = slice(begin, begin + rows_at_once)
-            ids = torch.tensor(token_ids[piece], dtype=torch.int32)
+            ids = self._upload(token_ids[piece], torch.int32)
             num_top = max(nums[piece])
-            logprobs = torch.empty(len(ids))
-            ranks = torch.empty(len(ids), dtype=torch.int32)
-            top_ids = torch.empty(len(ids), num_top, dtype=torch.int32)
-            top_logprobs = torch.empty(len(ids), num_top)
-            _native.ops.token_logprobs(
+            logprobs = self._device.empty((len(ids),), torch.float32)
+            ranks = self._device.empty((len(ids),), torch.int32)
+            top_ids = self._device.empty((len(ids), num_top), torch.int32)
+            top_logprobs = self._device.empty((len(ids), num_top), torch.float32)
+            self._device.ops.token_logprobs(
                 logprobs=logprobs,
                 ranks=ranks,
                 top_ids=top_ids,
                 top_logprobs=top_logprobs,
                 logits=logits[piece],
                 token_ids=ids,
-                workspace=self._threads_workspace(),
+                workspace=self._workers_workspace(),
             )
-            columns = (logprobs.tolist(), ranks.tolist(), top_ids.tolist(), top_logprobs.tolist())
+            columns = [self._device.fetch(t).tolist() for t in (logprobs, ranks, top_ids, top_logprobs)]
             for token_id, num, logprob, rank, tops, values in zip(token_ids[piece], nums[piece], *columns, strict=True):
                 top = tuple(zip(tops[:num], values[:num], range(1, num + 1), strict=True))
                 sampled.append(SampledToken(token_id, logprob, rank, top))

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fastserve._native import ops
 from fastserve.engine.batch import Batch, StepBuffers, StepViews
+from fastserve.engine.device import Device
 from fastserve.errors import ModelLoadError
-from fastserve.layers import Linear, RMSNorm, num_bytes
+from fastserve.layers import Linear, RMSNorm, make_linear, num_bytes
 from fastserve.model_config import ModelConfig
 from fastserve.rope import cos_sin_table
 from fastserve.weights.safetensors import Checkpoint
@@ -32,31 +32,34 @@ class Model:
         self,
         config: ModelConfig,
         checkpoint: Checkpoint,
+        device: Device,
         dtype: torch.dtype,
         max_model_len: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Load and pack the weights as `dtype`; `progress(layers done, layers)` is called after each layer.
+        """Load the weights as `dtype` onto the device; `progress(layers done, layers)` is called after each layer.
 
         Raises ModelLoadError naming tensors that are missing, unexpected or of the wrong shape.
         """
         self.config = config
-        weights = _Weights(checkpoint, dtype)
+        self.ops = device.ops
+        weights = _Weights(checkpoint, device, dtype)
         width, head = config.hidden_size, config.head_dim
-        self.embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
+        embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
+        self.embedding = device.upload(embedding)
         self.layers = []
         for index in range(config.num_layers):
             self.layers.append(_Layer(config, weights, index))
             if progress is not None:
                 progress(index + 1, config.num_layers)
-        self.norm = RMSNorm(weights.take("model.norm.weight", (width,)), config.rms_norm_eps)
+        self.norm = weights.norm("model.norm.weight", width, config.rms_norm_eps)
         if config.tie_word_embeddings:
             weights.drop("lm_head.weight")
-            self.lm_head = Linear(self.embedding)
+            self.lm_head = make_linear(device, embedding)
         else:
-            self.lm_head = Linear(weights.take("lm_head.weight", (config.vocab_size, width)))
+            self.lm_head = make_linear(device, weights.take("lm_head.weight", (config.vocab_size, width)))
         weights.check_all_taken()
-        self.cos_sin = cos_sin_table(config.rope, head, max_model_len)
+        self.cos_sin = device.upload(cos_sin_table(config.rope, head, max_model_len))
 
     @property
     def num_bytes(self) -> int:
@@ -71,21 +74,25 @@ class Model:
     def forward(self, batch: Batch, kv_cache: list[torch.Tensor], views: StepViews) -> None:
         """Compute all rows of the batch and write their keys and values to the cache. Leaves the hidden states in
         `views.residual` and `views.sublayer_out`, not yet added, for `logits`."""
-        ops.embedding(views.residual, batch.token_ids, self.embedding)
-        views.sublayer_out.zero_()
+        self.ops.embedding(views.residual, batch.token_ids, self.embedding)
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             layer.forward(batch, cache, self.cos_sin, views)
 
     def logits(self, rows: torch.Tensor, views: StepViews, buffers: StepBuffers) -> torch.Tensor:
-        """The logits of some rows (int64 [R], R <= buffers.max_logit_rows) of the step just computed:
+        """The logits of some rows (int32 [R], R <= buffers.max_logit_rows) of the step just computed:
         float32 [R, vocab_size], valid until the next call."""
         num_rows = rows.shape[0]
         hidden, residual = buffers.logit_rows[:num_rows], buffers.logit_residual[:num_rows]
-        torch.index_select(views.sublayer_out, 0, rows, out=hidden)
-        torch.index_select(views.residual, 0, rows, out=residual)
+        self.ops.embedding(hidden, rows, views.sublayer_out)  # gathers rows of any matrix
+        self.ops.embedding(residual, rows, views.residual)
         self.norm(hidden, hidden, residual)
         logits = buffers.logits[:num_rows]
-        self.lm_head(logits, hidden, buffers.workspace)
+        if logits.dtype == hidden.dtype:
+            self.lm_head(logits, hidden, buffers.workspace)
+        else:
+            narrow = buffers.narrow_logits[:num_rows]
+            self.lm_head(narrow, hidden, buffers.workspace)
+            logits.copy_(narrow)
         return logits
 
 
@@ -96,10 +103,10 @@ class _Layer:
         prefix = f"model.layers.{index}."
         attention, feed_forward = prefix + "self_attn.", prefix + "mlp."
 
-        self.input_norm = RMSNorm(weights.take(prefix + "input_layernorm.weight", (width,)), config.rms_norm_eps)
-        self.post_norm = RMSNorm(
-            weights.take(prefix + "post_attention_layernorm.weight", (width,)), config.rms_norm_eps
-        )
+        self.ops = weights.device.ops
+        self.is_first = index == 0
+        self.input_norm = weights.norm(prefix + "input_layernorm.weight", width, config.rms_norm_eps)
+        self.post_norm = weights.norm(prefix + "post_attention_layernorm.weight", width, config.rms_norm_eps)
         qkv = [(attention + "q_proj", num_q), (attention + "k_proj", num_kv), (attention + "v_proj", num_kv)]
         self.qkv = weights.linear(qkv, width, config.qkv_bias)
         self.o = weights.linear([(attention + "o_proj", width)], num_q, config.o_bias)
@@ -108,8 +115,8 @@ class _Layer:
         self.down = weights.linear([(feed_forward + "down_proj", width)], mlp, config.mlp_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = weights.take(attention + "q_norm.weight", (head,)).to(torch.float32).contiguous()
-            self.k_norm = weights.take(attention + "k_norm.weight", (head,)).to(torch.float32).contiguous()
+            self.q_norm = weights.norm(attention + "q_norm.weight", head, config.rms_norm_eps).weight
+            self.k_norm = weights.norm(attention + "k_norm.weight", head, config.rms_norm_eps).weight
         self.eps = config.rms_norm_eps
         self.scale = head**-0.5
         self.window = config.layer_windows[index] or 0
@@ -120,29 +127,33 @@ class _Layer:
 
     def forward(self, batch: Batch, cache: torch.Tensor, cos_sin: torch.Tensor, views: StepViews) -> None:
         residual, normed, out, workspace = views.residual, views.normed, views.sublayer_out, views.workspace
-        self.input_norm(normed, out, residual)
+        if self.is_first:
+            self.input_norm(normed, residual)  # no sublayer has added to it yet
+        else:
+            self.input_norm(normed, out, residual)
         self.qkv(views.qkv, normed, workspace)
-        ops.rope_kv_write(
+        self.ops.rope_kv_write(
             views.q, views.k, views.v, batch.positions, batch.slot_mapping, cos_sin, cache,
             self.q_norm, self.k_norm, self.eps,
         )  # fmt: skip
         work = batch.attention[self.window]
-        ops.attention(
+        self.ops.attention(
             views.attention_heads, views.q, cache, batch.block_tables, work.items, work.merges, work.parts,
             work.workspace, self.scale, work.span, self.window,
         )  # fmt: skip
         self.o(out, views.attention, workspace)
         self.post_norm(normed, out, residual)
         self.gate_up(views.gate_up, normed, workspace)
-        ops.silu_mul(views.gated, views.gate_up)
+        self.ops.silu_mul(views.gated, views.gate_up)
         self.down(out, views.gated, workspace)
 
 
 class _Weights:
     """Takes tensors out of a checkpoint one by one, so that what is left over can be named."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: Device, dtype: torch.dtype) -> None:
         self.checkpoint = checkpoint
+        self.device = device
         self.dtype = dtype
         self.left = {name for name in checkpoint.names() if not name.endswith(IGNORED_SUFFIXES)}
 
@@ -163,7 +174,10 @@ class _Weights:
         """Projections of the same input as one Linear, their outputs side by side in the order given."""
         weights = [self.take(f"{name}.weight", (rows, in_features)) for name, rows in parts]
         biases = [self.take(f"{name}.bias", (rows,)) for name, rows in parts] if bias else []
-        return Linear(torch.cat(weights), torch.cat(biases) if bias else None)
+        return make_linear(self.device, torch.cat(weights), torch.cat(biases) if bias else None)
+
+    def norm(self, name: str, width: int, eps: float) -> RMSNorm:
+        return RMSNorm(self.device, self.take(name, (width,)), eps)
 
     def drop(self, name: str) -> None:
         self.left.discard(name)

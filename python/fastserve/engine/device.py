@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model runs: the native ops of a device, its memory, and the ways there and back.
+
+The rest of the engine is the same for all devices: it asks its device for memory, hands step inputs to `stage` and
+reads results with `fetch`. All work of a step is queued on one stream; nothing waits but `fetch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastserve import _native
+from fastserve.config import EngineConfig
+from fastserve.engine.memory import free_memory_bytes
+from fastserve.errors import FastserveError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Device(Protocol):
+    """What the engine needs of a device. Tensors that are made here live there."""
+
+    name: str  # "cpu" or "cuda", in messages
+    ops: Any  # the ops of csrc/ops/ops.h for tensors of this device
+    packs_linears: bool  # `linear` reads packed weights; False: torch multiplies
+    rows_per_item: int  # packed query rows of an attention item
+    has_graphs: bool  # `capture` works
+
+    @property
+    def attention_workers(self) -> int:
+        """Units of attention that can run at the same time."""
+
+    @property
+    def sample_workers(self) -> int:
+        """Rows of logits that the sampler works on at the same time."""
+
+    def weight_dtype(self, asked: str, checkpoint: torch.dtype) -> torch.dtype:
+        """The dtype of weights for EngineConfig.dtype; FastserveError if the device cannot."""
+
+    def activation_dtype(self, weights: torch.dtype) -> torch.dtype: ...
+
+    def kv_dtype(self, asked: str, weights: torch.dtype) -> torch.dtype: ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory with any content."""
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous host tensor there, to keep."""
+
+    def stage(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """A step's int32 arrays there, in one copy. The tensors are overwritten by the next call; arrays of the same
+        shapes get the same addresses, on which graphs rely, unless `stage_generation` has changed."""
+
+    @property
+    def stage_generation(self) -> int: ...
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the host, once all that was queued before has run."""
+
+    def free_memory_bytes(self) -> int: ...
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` queues; it may run once before. The function returned queues all of it at once."""
+
+
+class CpuDevice:
+    """This machine's processor. Host tensors are its own: staging and fetching copy nothing."""
+
+    name = "cpu"
+    packs_linears = True
+    rows_per_item = 48
+    has_graphs = False
+    stage_generation = 0
+
+    def __init__(self, num_threads: int | None) -> None:
+        _native.set_num_threads(num_threads or _native.num_physical_cores())
+        torch.set_num_threads(1)  # inside a step the native pool has the cores
+        self.ops = _native.ops
+
+    @property
+    def attention_workers(self) -> int:
+        return _native.num_threads()
+
+    @property
+    def sample_workers(self) -> int:
+        return _native.num_threads()
+
+    def weight_dtype(self, asked: str, checkpoint: torch.dtype) -> torch.dtype:
+        return checkpoint if asked == "auto" else DTYPES[asked]  # all three are computed with float32 sums
+
+    def activation_dtype(self, weights: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def kv_dtype(self, asked: str, weights: torch.dtype) -> torch.dtype:
+        if asked == "float16":
+            raise FastserveError("kv_cache_dtype='float16' is not available on the CPU; use auto, bfloat16 or float32")
+        if asked == "auto":
+            return torch.float32 if weights == torch.float32 else torch.bfloat16
+        return DTYPES[asked]
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def stage(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        return [torch.from_numpy(array) for array in arrays]
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def free_memory_bytes(self) -> int:
+        return free_memory_bytes()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+
+class CudaDevice:
+    """An NVIDIA GPU, by torch's allocator, stream and graphs. Subclassed for the simulated device of the tests."""
+
+    name = "cuda"
+    packs_linears = False
+    rows_per_item = 64
+    has_graphs = True
+
+    def __init__(self, index: int = 0) -> None:
+        devices = _native.cuda_devices()
+        if not _native.built_with_cuda:
+            raise FastserveError("device='cuda': this build has CPU kernels only; use device='auto' or 'cpu'")
+        if not devices or not torch.cuda.is_available():
+            what = "finds no CUDA device" if not devices else "has a torch without CUDA"
+            raise FastserveError(f"device='cuda': this machine {what}; use device='auto' or 'cpu'")
+        self._set_up(_native.ops, devices[index]["multiprocessors"])
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+
+    def _set_up(self, ops: Any, num_multiprocessors: int) -> None:
+        self.ops = ops
+        self.attention_workers = 2 * num_multiprocessors
+        self.sample_workers = num_multiprocessors
+        self._staging: tuple[torch.Tensor, torch.Tensor] | None = None  # on the host, there
+        self._staged: Any = None  # an event after the last copy
+        self.stage_generation = 0
+
+    def weight_dtype(self, asked: str, checkpoint: torch.dtype) -> torch.dtype:
+        if asked == "float32":
+            raise FastserveError("dtype='float32' is not available on CUDA; use auto, bfloat16 or float16")
+        if asked == "auto":
+            return torch.bfloat16 if checkpoint == torch.float32 else checkpoint
+        return DTYPES[asked]
+
+    def activation_dtype(self, weights: torch.dtype) -> torch.dtype:
+        return weights
+
+    def kv_dtype(self, asked: str, weights: torch.dtype) -> torch.dtype:
+        if asked not in ("auto", str(weights).removeprefix("torch.")):
+            raise FastserveError(f"kv_cache_dtype={asked!r} is not available on CUDA with {weights} weights; use auto")
+        return weights
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        there = self.empty(tensor.shape, tensor.dtype)
+        there.copy_(tensor)
+        return there
+
+    def stage(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        starts = [0]
+        for array in arrays:
+            starts.append(starts[-1] + (array.size + 3) // 4 * 4)  # 16-byte pieces
+        if self._staging is None or self._staging[0].numel() < starts[-1]:
+            size = max(2 * starts[-1], 1 << 16)
+            self._staging = self._pinned(size), self.empty((size,), torch.int32)
+            self.stage_generation += 1
+        host, there = self._staging
+        self._wait_for_staging()
+        numbers = host.numpy()
+        staged = []
+        for start, array in zip(starts, arrays, strict=False):
+            numbers[start : start + array.size] = array.reshape(-1)
+            staged.append(there[start : start + array.size].view(array.shape))
+        there[: starts[-1]].copy_(host[: starts[-1]], non_blocking=True)
+        self._staged = self._record_event()
+        return staged
+
+    def _wait_for_staging(self) -> None:
+        """A step that samples nothing fetches nothing: its copy may still read the host's buffer."""
+        if self._staged is not None:
+            self._staged.synchronize()
+
+    def _record_event(self) -> Any:
+        return torch.cuda.current_stream(self.torch_device).record_event()
+
+    def _pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, pin_memory=True)
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("cpu")
+
+    def free_memory_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()  # what is set up on first use must not be recorded
+        torch.cuda.synchronize(self.torch_device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+
+def make_device(config: EngineConfig) -> Device:
+    """'auto' is a CUDA device where this build and this machine have one."""
+    if config.device == "cuda" or (
+        config.device == "auto" and _native.built_with_cuda and _native.cuda_devices() and torch.cuda.is_available()
+    ):
+        return CudaDevice()
+    return CpuDevice(config.num_threads)
