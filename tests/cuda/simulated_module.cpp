@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fastserve's CUDA ops on the simulated device, for tests: run("rms_norm", {...}) takes CPU tensors, copies
-// each into an allocation of its own on the device (of exactly its extent, so that an access beyond it is
-// found), runs the op there and copies back what it wrote. Faults that the device finds (races, out of
+// fastserve's CUDA ops on the simulated device, for tests. Faults that the device finds (races, out of
 // bounds, uninitialised reads) are errors with the device's report.
+//
+// For one op: run("rms_norm", {...}) takes CPU tensors, copies each into an allocation of its own on the
+// device (of exactly its extent, so that an access beyond it is found), runs the op there and copies back
+// what it wrote.
+//
+// For an engine: the device's memory is the host's, so that `Memory` is a buffer which torch can view as a
+// CPU tensor; launch(...) queues an op on such tensors, as a GPU would, and a Graph records and replays
+// launches.
 #include <cuda_runtime_api.h>
 #include <ptxsim.h>
 #include <pybind11/pybind11.h>
 
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -106,6 +113,85 @@ void run_op(const py::dict& arguments) {
   for (const auto& copy : copies) copy->copy_back();
 }
 
+// The stream of everything that is queued; a capture cannot be made on the default stream.
+cudaStream_t stream() {
+  static cudaStream_t created = [] {
+    cudaStream_t made = nullptr;
+    check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "stream");
+    return made;
+  }();
+  return created;
+}
+
+void synchronize() {
+  const cudaError_t error = cudaStreamSynchronize(stream());
+  const bool faulty = ptxsim_num_faults() != 0;
+  const std::string report = faulty ? ptxsim_last_report() : "";
+  if (faulty) ptxsim_clear_report();
+  if (error != cudaSuccess || faulty) throw Error(std::string(cudaGetErrorString(error)) + "\n" + report);
+}
+
+template <class Op>
+void launch_op(const py::dict& arguments) {
+  Op op{};
+  const auto take = [&](const auto& arg) {
+    if (!arguments.contains(arg.spec.name)) return;
+    convert(arguments[arg.spec.name], arg, &op);
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(op.*(arg.member))>, Tensor>) {
+      (op.*(arg.member)).device = Device::cuda;
+    }
+  };
+  std::apply([&](const auto&... arg) { (take(arg), ...); }, Op::args());
+  OpContext context;
+  context.stream = stream();
+  run(op, context);
+}
+
+template <class Op>
+bool launch_if_named(const std::string& name, const py::dict& arguments) {
+  if (name != Op::info.name) return false;
+  launch_op<Op>(arguments);
+  return true;
+}
+
+// An allocation of the device; freed with the last view of it.
+class Memory {
+ public:
+  Memory(size_t bytes, const std::string& name) : bytes_(bytes) {
+    check(cudaMalloc(&data_, bytes == 0 ? 1 : bytes), "allocation of " + std::to_string(bytes) + " bytes");
+    ptxsim_name_buffer(data_, name.c_str());
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { cudaFree(data_); }
+  py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(bytes_)}; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
+// Launches, recorded from the constructor to end().
+class Graph {
+ public:
+  Graph() { check(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeGlobal), "begin capture"); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() {
+    if (ready_ != nullptr) cudaGraphExecDestroy(ready_);
+  }
+  void end() {
+    cudaGraph_t recorded = nullptr;
+    check(cudaStreamEndCapture(stream(), &recorded), "end capture");
+    check(cudaGraphInstantiate(&ready_, recorded, 0), "instantiate");
+    check(cudaGraphDestroy(recorded), "destroy");
+  }
+  void replay() { check(cudaGraphLaunch(ready_, stream()), "graph launch"); }
+
+ private:
+  cudaGraphExec_t ready_ = nullptr;
+};
+
 template <class Op>
 bool run_if_named(const std::string& name, const py::dict& arguments) {
   if (name != Op::info.name) return false;
@@ -131,6 +217,30 @@ PYBIND11_MODULE(_native_sim, m) {
         if (!found) throw Error("no op named '" + name + "'");
       },
       py::arg("op"), py::arg("arguments"), "Run an op on copies of CPU tensors; outputs are copied back.");
+  m.def(
+      "launch",
+      [](const std::string& name, const py::dict& arguments) {
+        const bool found = std::apply(
+            [&](auto... op) { return (launch_if_named<decltype(op)>(name, arguments) || ...); }, AllOps{});
+        if (!found) throw Error("no op named '" + name + "'");
+      },
+      py::arg("op"), py::arg("arguments"), "Queue an op on tensors that are views of Memory.");
+  m.def("synchronize", &synchronize, "Wait for all that was queued; raises what the device found.");
+  m.def(
+      "num_multiprocessors",
+      [] {
+        ptxsim_config config;
+        ptxsim_get_config(&config);
+        return config.multiprocessors;
+      },
+      "What the device claims to have.");
+  py::class_<Memory>(m, "Memory", py::buffer_protocol(), "An allocation of the device, as writable bytes.")
+      .def(py::init<size_t, std::string>(), py::arg("num_bytes"), py::arg("name"))
+      .def_buffer(&Memory::buffer);
+  py::class_<Graph>(m, "Graph", "Records what is launched from its making until end().")
+      .def(py::init<>())
+      .def("end", &Graph::end)
+      .def("replay", &Graph::replay);
   m.def(
       "ops",
       [] {
