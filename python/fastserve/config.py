@@ -237,6 +237,7 @@ class EngineConfig:
     num_threads: int | None = None  # None = the physical cores
     seed: int = 0  # seeds the requests that bring none
     device: str = "auto"  # auto, cpu, cuda
+    exact: bool = True  # the same tokens in any batch, on CUDA too; False: torch's matrix products there
     policy: str = "fcfs"  # a module of fastserve.policies
 
     def __post_init__(self) -> None:
@@ -265,5 +266,6 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise _reject(name, getattr(self, name), f"one of {', '.join(allowed)}")
         _flag("enable_prefix_caching", self.enable_prefix_caching)
+        _flag("exact", self.exact)
         if not isinstance(self.policy, str):
             raise _reject("policy", self.policy, "the name of a policy")

@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 
-from fastserve import _native
 from fastserve.engine.device import Device
 
 
@@ -33,28 +32,28 @@ class Linear(Protocol):
 def make_linear(device: Device, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """The layer for a weight [out_features, in_features] in float32, bfloat16 or float16 and a bias [out_features],
     both on the host; neither is kept."""
-    return PackedLinear(device, weight, bias) if device.packs_linears else TorchLinear(device, weight, bias)
+    return PackedLinear(device, weight, bias) if device.exact else TorchLinear(device, weight, bias)
 
 
 class PackedLinear:
     """The weight packed once, in its own dtype; a row's result depends on nothing but the row."""
 
     def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.ops = device.ops
+        self.device = device
         self.out_features, self.in_features = weight.shape
-        self.packed = torch.empty(_native.packed_linear_shape(self.out_features, self.in_features), dtype=weight.dtype)
-        self.ops.pack_linear(self.packed, weight)
-        self.bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self.packed = device.empty(device.packed_linear_shape(self.out_features, self.in_features), weight.dtype)
+        device.ops.pack_linear(self.packed, device.upload(weight))
+        self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
 
     @property
     def num_bytes(self) -> int:
         return num_bytes(self.packed) + num_bytes(self.bias)
 
     def workspace_bytes(self, max_tokens: int) -> int:
-        return _native.linear_workspace_bytes(max_tokens, self.in_features, str(self.packed.dtype)[6:])
+        return self.device.linear_workspace_bytes(max_tokens, self.in_features, self.packed.dtype)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
-        self.ops.linear(out, x, self.packed, self.bias, workspace)
+        self.device.ops.linear(out, x, self.packed, self.bias, workspace)
 
 
 class TorchLinear:

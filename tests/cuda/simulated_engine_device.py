@@ -37,14 +37,16 @@ class SimulatedOps:
 
 
 class SimulatedCudaDevice(CudaDevice):
-    """`graphs`: record steps of decodes; every op of such a step must then be one of ours."""
+    """`graphs`: record steps of decodes; every op of such a step must then be one of ours, as with `exact`."""
 
-    def __init__(self, module: ModuleType, *, graphs: bool, memory_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, module: ModuleType, *, exact: bool = True, graphs: bool = True, memory_bytes: int = 1 << 30
+    ) -> None:
         self.module = module
         self.has_graphs = graphs
         self.memory_bytes = memory_bytes
         self.num_captures = self.num_replays = 0
-        self._set_up(SimulatedOps(module), module.num_multiprocessors())
+        self._set_up(exact, SimulatedOps(module), module.num_multiprocessors())
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         memory = self.module.Memory(math.prod(shape) * dtype.itemsize, f"{list(shape)} {dtype}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_cases import CUDA_CASES
 from cuda_device import Gpu, SimulatedDevice, find_devices
+from linear_cases import LINEAR_CASES
 from narrowed import ACTIVATIONS, narrowed
 
 import op_cases
@@ -21,8 +22,8 @@ from op_checks import Guarded, assert_close, assert_same_bits, row_splits
 DEVICES = find_devices()
 ON_CUDA = set(DEVICES[0].ops()) if DEVICES else set()
 SEED = 20240607
-# Ops whose CPU cases state the CPU's own layout of the KV cache; CUDA_CASES has theirs.
-OTHER_LAYOUT = {"rope_kv_write", "attention"}
+# Ops whose CPU cases state the CPU's own layout of the KV cache or of weights.
+OTHER_LAYOUT = {"rope_kv_write", "attention", "linear", "pack_linear"}
 
 
 def all_cases() -> list[OpCase]:
@@ -33,7 +34,7 @@ def all_cases() -> list[OpCase]:
         cases.append(case)
         if case.op in ACTIVATIONS:
             cases += [narrowed(case, dtype) for dtype in (torch.float16, torch.bfloat16)]
-    return cases + [case for case in CUDA_CASES if case.op in ON_CUDA]
+    return cases + [case for case in CUDA_CASES + LINEAR_CASES if case.op in ON_CUDA]
 
 
 def make(case: OpCase) -> Arguments:

@@ -26,7 +26,7 @@ class Device(Protocol):
 
     name: str  # "cpu" or "cuda", in messages
     ops: Any  # the ops of csrc/ops/ops.h for tensors of this device
-    packs_linears: bool  # `linear` reads packed weights; False: torch multiplies
+    exact: bool  # our own `linear`, whose rows depend on nothing but themselves; False: torch multiplies
     rows_per_item: int  # packed query rows of an attention item
     has_graphs: bool  # `capture` works
 
@@ -44,6 +44,11 @@ class Device(Protocol):
     def activation_dtype(self, weights: torch.dtype) -> torch.dtype: ...
 
     def kv_dtype(self, asked: str, weights: torch.dtype) -> torch.dtype: ...
+
+    def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
+        """The shape of a weight [num_rows, depth] as `pack_linear` arranges it here."""
+
+    def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int: ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory with any content."""
@@ -71,7 +76,7 @@ class CpuDevice:
     """This machine's processor. Host tensors are its own: staging and fetching copy nothing."""
 
     name = "cpu"
-    packs_linears = True
+    exact = True
     rows_per_item = 48
     has_graphs = False
     stage_generation = 0
@@ -102,6 +107,12 @@ class CpuDevice:
             return torch.float32 if weights == torch.float32 else torch.bfloat16
         return DTYPES[asked]
 
+    def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
+        return _native.packed_linear_shape(num_rows, depth)
+
+    def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int:
+        return _native.linear_workspace_bytes(max_tokens, depth, str(dtype))
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
 
@@ -125,22 +136,22 @@ class CudaDevice:
     """An NVIDIA GPU, by torch's allocator, stream and graphs. Subclassed for the simulated device of the tests."""
 
     name = "cuda"
-    packs_linears = False
     rows_per_item = 64
     has_graphs = True
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, exact: bool, index: int = 0) -> None:
         devices = _native.cuda_devices()
         if not _native.built_with_cuda:
             raise FastserveError("device='cuda': this build has CPU kernels only; use device='auto' or 'cpu'")
         if not devices or not torch.cuda.is_available():
             what = "finds no CUDA device" if not devices else "has a torch without CUDA"
             raise FastserveError(f"device='cuda': this machine {what}; use device='auto' or 'cpu'")
-        self._set_up(_native.ops, devices[index]["multiprocessors"])
+        self._set_up(exact, _native.ops, devices[index]["multiprocessors"])
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
 
-    def _set_up(self, ops: Any, num_multiprocessors: int) -> None:
+    def _set_up(self, exact: bool, ops: Any, num_multiprocessors: int) -> None:
+        self.exact = exact
         self.ops = ops
         self.attention_workers = 2 * num_multiprocessors
         self.sample_workers = num_multiprocessors
@@ -162,6 +173,12 @@ class CudaDevice:
         if asked not in ("auto", str(weights).removeprefix("torch.")):
             raise FastserveError(f"kv_cache_dtype={asked!r} is not available on CUDA with {weights} weights; use auto")
         return weights
+
+    def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
+        return -(-num_rows // 32), -(-depth // 16) * 16, 32  # csrc/layout/fragment.h
+
+    def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int:
+        return 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
@@ -221,5 +238,5 @@ def make_device(config: EngineConfig) -> Device:
     if config.device == "cuda" or (
         config.device == "auto" and _native.built_with_cuda and _native.cuda_devices() and torch.cuda.is_available()
     ):
-        return CudaDevice()
+        return CudaDevice(config.exact)
     return CpuDevice(config.num_threads)
