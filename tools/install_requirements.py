@@ -19,7 +19,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-requirements = [*project["dependencies"], *extras["convert"], *extras["test"], *extras["dev"]]
+requirements = [*project["dependencies"], *extras["convert"], *extras["server"], *extras["test"], *extras["dev"]]
 if len(sys.argv) > 1:
     requirements = [requirement for extra in sys.argv[1:] for requirement in extras[extra]]
 pip = [sys.executable, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
