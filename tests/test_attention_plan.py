@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from fastserve._native import AttentionPlan
 
-ITEM_FIELDS = ("row_begin", "num_rows", "kv_begin", "kv_end", "position", "request", "slot", "num_parts")
+ITEM_FIELDS = (
+    *("row_begin", "num_rows", "kv_begin", "kv_end", "position", "request", "slot", "num_parts"),
+    *("merge_begin", "num_merges"),
+)
 
 
 def plan_items(plan: AttentionPlan) -> list[dict[str, int]]:
@@ -86,7 +89,10 @@ def test_every_visible_pair_once_and_each_partial_in_order(
     assert sorted(slots) == list(range(plan.num_slots))
 
     read_slots = []
-    for row_begin, num_rows, parts_begin, parts_end in plan.merges.tolist():
+    for index, (row_begin, num_rows, parts_begin, parts_end, num_items) in enumerate(plan.merges.tolist()):
+        assert num_items == sum(
+            item["merge_begin"] <= index < item["merge_begin"] + item["num_merges"] for item in plan_items(plan)
+        )
         for i in range(num_rows):
             mine = [slot + i for slot in plan.parts[parts_begin:parts_end].tolist()]
             read_slots += mine
@@ -115,8 +121,8 @@ def test_views_keep_the_plan_alive() -> None:
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
 def test_takes_any_integer_arrays(dtype: type) -> None:
     plan = AttentionPlan(np.array([0, 2], dtype=dtype), np.array([9], dtype=dtype), **options())
-    assert plan.items.tolist() == [[0, 2, 0, 9, 7, 0, -1, 0]]
-    assert plan.merges.shape == (0, 4)
+    assert plan.items.tolist() == [[0, 2, 0, 9, 7, 0, -1, 0, 0, 0]]
+    assert plan.merges.shape == (0, 5)
     assert plan.parts.shape == (0,)
 
 

@@ -86,14 +86,15 @@ Raises ValueError naming what was given and what is allowed.)")
           [](const py::object& self) {
             return view(self.cast<const AttentionPlan&>().items(), kItemFields, self);
           },
-          "int32 [I, 8]: row_begin, num_rows, kv_begin, kv_end, position, request, slot, num_parts; the most "
-          "work first.")
+          "int32 [I, 10]: row_begin, num_rows, kv_begin, kv_end, position, request, slot, num_parts, "
+          "merge_begin, "
+          "num_merges; the most work first.")
       .def_property_readonly(
           "merges",
           [](const py::object& self) {
             return view(self.cast<const AttentionPlan&>().merges(), kMergeFields, self);
           },
-          "int32 [J, 4]: row_begin, num_rows, parts_begin, parts_end.")
+          "int32 [J, 5]: row_begin, num_rows, parts_begin, parts_end, num_items; sorted by row.")
       .def_property_readonly(
           "parts",
           [](const py::object& self) { return view(self.cast<const AttentionPlan&>().parts(), 1, self); },

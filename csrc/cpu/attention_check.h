@@ -59,6 +59,10 @@ inline void check_attention_item(const Attention& op, const AttentionShape& shap
                (item.slot >= 0 && item.slot + int64_t{item.num_parts} * item.num_rows <= num_slots),
            "attention: items[" << index << "] stores " << item.num_parts << " partials of " << item.num_rows
                                << " rows from slot " << item.slot << "; the workspace has " << num_slots);
+  FS_CHECK(item.merge_begin >= 0 && item.num_merges >= 0 &&
+               item.num_merges <= op.merges.shape[0] - item.merge_begin,
+           "attention: items[" << index << "] is part of " << item.num_merges << " merges from "
+                               << item.merge_begin << "; there are " << op.merges.shape[0]);
 }
 
 inline void check_attention_merge(const Attention& op, int64_t index, const AttentionMerge& merge,

@@ -106,7 +106,11 @@ void AttentionPlan::cut(const AttentionItem& whole, int64_t max_cost) {
     items_.push_back(item);
     return;
   }
-  AttentionMerge merge{whole.row_begin, whole.num_rows, static_cast<int32_t>(parts_.size()), 0};
+  AttentionMerge merge{};
+  merge.row_begin = whole.row_begin;
+  merge.num_rows = whole.num_rows;
+  merge.parts_begin = static_cast<int32_t>(parts_.size());
+  merge.num_items = static_cast<int32_t>(num_items);
   const int64_t first_span = whole.kv_begin / span;
   for (int64_t i = 0; i < num_items; ++i) {
     AttentionItem item = whole;
@@ -115,6 +119,8 @@ void AttentionPlan::cut(const AttentionItem& whole, int64_t max_cost) {
       item.kv_end = static_cast<int32_t>((first_span + num_spans * (i + 1) / num_items) * span);
     item.num_parts = i == 0 ? 1 : static_cast<int32_t>(spans_of(item, span));
     item.slot = static_cast<int32_t>(num_slots_);
+    item.merge_begin = static_cast<int32_t>(merges_.size());
+    item.num_merges = 1;
     for (int32_t part = 0; part < item.num_parts; ++part) {
       parts_.push_back(static_cast<int32_t>(num_slots_));
       num_slots_ += item.num_rows;

@@ -30,18 +30,22 @@ struct AttentionItem {
   int32_t num_parts;  // 0: write the output; 1: the folded partial of all spans in [kv_begin, kv_end), legal
                       // only where the fold of these rows begins; else one partial for each of the spans.
                       // Part p of row i lies in slot + p * num_rows + i.
+  int32_t merge_begin;  // merges [merge_begin, merge_begin + num_merges) read these partials; 0 and 0 if none
+  int32_t num_merges;
 };
-inline constexpr int kItemFields = 8;
+inline constexpr int kItemFields = 10;
 static_assert(sizeof(AttentionItem) == kItemFields * sizeof(int32_t));
 
-// One row of the `merges` tensor: output rows that are the fold of several partials.
+// One row of the `merges` tensor: output rows that are the fold of several partials. Merges are sorted by
+// row, and no row lies in two of them.
 struct AttentionMerge {
   int32_t row_begin;
   int32_t num_rows;
   int32_t parts_begin;  // parts[parts_begin, parts_end): slot of the first row's partials, in fold order; the
   int32_t parts_end;    // partial of row i lies i slots further
+  int32_t num_items;    // items that store those partials: the last one to finish may do the merge
 };
-inline constexpr int kMergeFields = 4;
+inline constexpr int kMergeFields = 5;
 static_assert(sizeof(AttentionMerge) == kMergeFields * sizeof(int32_t));
 
 struct AttentionPlanOptions {

@@ -161,6 +161,29 @@ TEST_P(RandomStep, StoresEachPartialOnceAndMergesInOrder) {
   for (const auto& [row, times] : outputs) EXPECT_EQ(times, 1) << "row " << row;
 }
 
+TEST_P(RandomStep, MergesAreSortedAndKnowTheirItems) {
+  const AttentionPlan plan = random_step(GetParam()).plan();
+  std::vector<int32_t> writers(plan.merges().size(), 0);  // of a merge's rows
+  for (const AttentionItem& item : plan.items()) {
+    std::pair<int32_t, int32_t> merges{0, 0};  // begin, count
+    for (size_t m = 0; m < plan.merges().size() && item.num_parts > 0; ++m) {
+      const AttentionMerge& merge = plan.merges()[m];
+      if (merge.row_begin + merge.num_rows <= item.row_begin) continue;
+      if (item.row_begin + item.num_rows <= merge.row_begin) continue;
+      if (merges.second++ == 0) merges.first = static_cast<int32_t>(m);
+      ++writers[m];
+    }
+    EXPECT_EQ(std::make_pair(item.merge_begin, item.num_merges), merges);
+    EXPECT_EQ(item.num_parts > 0, item.num_merges > 0);
+  }
+  int32_t next_row = 0;
+  for (size_t m = 0; m < plan.merges().size(); ++m) {
+    EXPECT_GE(plan.merges()[m].row_begin, next_row);
+    next_row = plan.merges()[m].row_begin + plan.merges()[m].num_rows;
+    EXPECT_EQ(plan.merges()[m].num_items, writers[m]);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Seeds, RandomStep, testing::Range(0u, 200u));
 
 TEST(AttentionPlan, EmptyStep) {

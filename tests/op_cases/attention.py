@@ -89,7 +89,7 @@ def reference(inputs: Mapping[str, Any]) -> dict[str, Expected]:
     exact = torch.full(q.shape, float("nan"), dtype=torch.float64)
     magnitude = torch.zeros_like(exact)
     group = heads // keys.shape[1]
-    for row_begin, num_rows, _, _, position, request, _, _ in inputs["items"].tolist():
+    for row_begin, num_rows, _, _, position, request, *_ in inputs["items"].tolist():
         length = position + num_rows
         blocks = inputs["block_tables"][request, : -(-length // keys.shape[2])].long()
         # [heads, length, dim]
@@ -200,6 +200,7 @@ BAD_CASES = [
     bad("parts-disagree", field("items", 0, 7, 9), r"stores 9 partials of .* was the plan made with span 128"),
     bad("block-missing", field("block_tables", 1, 0, -1), r"block_tables\[1\]\[0\] is -1; the cache has 29 blocks"),
     bad("block-outside", field("block_tables", 1, 21, 29), r"block_tables\[1\]\[21\] is 29; the cache has 29 blocks"),
+    bad("merges-outside", field("items", 0, 9, 9), r"items\[0\] is part of 9 merges from \d+; there are"),
     bad("merge-rows", field("merges", 0, 1, 9), r"merges\[0\] has 9 rows from"),
     bad("merge-parts", field("merges", 0, 3, 99), r"merges\[0\] has parts 0 to 99 of"),
     bad("part-outside", parts_far_away, r"parts\[1\] is 1000 for"),

@@ -24,8 +24,8 @@ ATTENTION_SPAN = 16
 class AttentionWork:
     """A step's attention, planned for one window size; the same for all layers with that window."""
 
-    items: torch.Tensor  # int32 [items, 8], see csrc/plan/attention_plan.h
-    merges: torch.Tensor  # int32 [merges, 4]
+    items: torch.Tensor  # int32 [items, 10], see csrc/plan/attention_plan.h
+    merges: torch.Tensor  # int32 [merges, 5]
     parts: torch.Tensor  # int32 [parts]
     workspace: torch.Tensor  # float32, partial results
     span: int
