@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="a system message")
     chat.set_defaults(run=_chat)
 
+    _add_eval_parser(commands)
+
     convert = commands.add_parser(
         "convert",
         help="make a model folder of a GGUF file",
@@ -76,6 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--ops", action="store_true", help="also the table of ops, devices and dtypes")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_eval_parser(commands: Any) -> None:
+    evaluate = commands.add_parser("eval", help="measure a model", description="Measure a model.")
+    measures = evaluate.add_subparsers(title="measures", required=True, metavar="MEASURE")
+    perplexity = measures.add_parser(
+        "perplexity",
+        help="how well it predicts a text",
+        description="Print the perplexity of a model on a text, in windows of --context tokens.",
+    )
+    _add_model_arguments(perplexity)
+    perplexity.add_argument("--text", required=True, help="a UTF-8 text file")
+    perplexity.add_argument("--max-tokens", type=int, help="tokens of the text to use (default: all)")
+    perplexity.add_argument("--context", type=int, help="tokens of a window (default: 1024, or the model's limit)")
+    perplexity.add_argument("--stride", type=int, help="tokens from window to window (default: the context)")
+    perplexity.set_defaults(run=_perplexity)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +195,27 @@ def _chat(arguments: argparse.Namespace) -> int:
                 answer += piece
             print()
             messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _perplexity(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastserve.evaluate import DEFAULT_CONTEXT, measure_perplexity, read_text_tokens
+    from fastserve.model_config import ModelConfig
+
+    if arguments.max_model_len is None:  # no more KV cache than a window needs
+        limit = ModelConfig.from_dir(arguments.model).max_position_embeddings
+        arguments.max_model_len = max(2, min((arguments.context or DEFAULT_CONTEXT) + 1, limit))
+    with _open(arguments) as llm, tqdm(unit="token", desc="perplexity", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        tokens = read_text_tokens(llm, arguments.text, arguments.max_tokens)
+        result = measure_perplexity(llm, tokens, context=arguments.context, stride=arguments.stride, progress=progress)
+    print(result)
     return 0
 
 
