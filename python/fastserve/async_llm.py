@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ class AsyncLLM:
         self._wake = threading.Condition()
         self._closing = False
         self._death: BaseException | None = None
+        self._beat = time.monotonic()  # when the engine thread last began a step, or went to sleep
+        self.on_death: Callable[[BaseException], None] | None = None  # called by the engine thread, once
         self._thread = threading.Thread(target=self._run, name="fastserve-engine", daemon=True)
         self._thread.start()
 
@@ -98,9 +101,18 @@ class AsyncLLM:
         """End a request: its stream gets a last output with finish_reason "abort". Unknown ids are ignored."""
         self._command(lambda: self._abort(self._streams.get(request_id)))
 
-    async def check_health(self) -> None:
-        """Raises EngineDead, with the cause, when the engine thread has stopped."""
+    async def check_health(self, max_step_s: float = float("inf")) -> None:
+        """Raises EngineDead, with the cause, when the engine thread has stopped, or works on one step for longer
+        than `max_step_s`."""
         self._check_alive()
+        age = time.monotonic() - self._beat
+        if age > max_step_s and (self._commands or self._loaded.engine.has_work):
+            raise EngineDead(f"the engine has been in one step for {age:.0f} s")
+
+    @property
+    def loaded(self) -> LoadedEngine:
+        """The engine and its parts. Another thread runs the engine: read, do not change."""
+        return self._loaded
 
     def get_tokenizer(self) -> Tokenizer:
         if self._loaded.tokenizer is None:
@@ -150,6 +162,7 @@ class AsyncLLM:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
+                self._beat = time.monotonic()
                 while self._commands:
                     self._commands.popleft()()
                 self._deliver(self._loaded.engine.step())
@@ -162,6 +175,8 @@ class AsyncLLM:
             self._commands.popleft()()  # an add puts its stream among those that are told below
         for stream in self._streams.values():
             stream.deliver(EngineDead(f"the engine has stopped: {cause!r}"))
+        if self.on_death is not None and not self._closing:
+            self.on_death(cause)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the engine is to stop."""

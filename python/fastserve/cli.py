@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import fastserve
+from fastserve.server.options import add_serve_arguments
 
 if TYPE_CHECKING:
     from fastserve.config import SamplingParams
@@ -57,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     _add_eval_parser(commands)
+
+    serve = commands.add_parser(
+        "serve",
+        help="answer OpenAI API requests over HTTP",
+        description="Serve a model over HTTP with OpenAI's API. Every flag has an environment variable as its twin.",
+    )
+    add_serve_arguments(serve)
+    serve.set_defaults(run=_serve)
 
     convert = commands.add_parser(
         "convert",
@@ -217,6 +226,23 @@ def _perplexity(arguments: argparse.Namespace) -> int:
         result = measure_perplexity(llm, tokens, context=arguments.context, stride=arguments.stride, progress=progress)
     print(result)
     return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from fastserve.server.options import read_options
+
+    try:
+        options = read_options(arguments)
+        from fastserve.server.serve import serve
+    except ValueError as error:
+        print(f"fastserve serve: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fastserve"):
+            raise
+        print(f"fastserve serve needs {error.name}: pip install 'fastserve[server]'", file=sys.stderr)
+        return 1
+    return serve(arguments.model, options)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -61,6 +61,7 @@ class Engine:
         self._outputs = OutputProcessor(tokenizer, make_detokenizer)
         self._has_text = tokenizer is not None
         self._num_added = 0
+        self.on_step: Callable[[StepPlan, float], None] | None = None  # told of every step and its seconds
 
     def step(self) -> list[RequestOutput]:
         """Computes one step and returns the outputs of the requests it advanced, and of those aborted before
@@ -69,7 +70,8 @@ class Engine:
         If the runner fails, the requests of this step end with finish_reason "error"; the others go on. What
         is no `Exception` (Ctrl-C) is raised again after that, and the engine can be used further.
         """
-        plan = self.scheduler.schedule(self.clock())
+        begin = self.clock()
+        plan = self.scheduler.schedule(begin)
         if plan.items:
             try:
                 results = self._runner.run(plan)
@@ -84,6 +86,8 @@ class Engine:
                 for item, result in zip(plan.items, results, strict=True):
                     if result is not None:
                         self._deliver(item, result)
+            if self.on_step is not None:
+                self.on_step(plan, self.clock() - begin)
         return self._outputs.collect(self.clock())
 
     def add_request(

@@ -161,7 +161,7 @@ class Answer:
         self.created = int(time.time())
         self.model = model
         self.request = request
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._offsets: dict[int, int] = {}  # per choice: length of the text whose logprobs were given
 
     # -- completions ------------------------------------------------------------------------------------------------
@@ -298,11 +298,11 @@ class Answer:
             return f"token_id:{token_id}"
         if entries is not None and entries[token_id].decoded_token is not None:
             return str(entries[token_id].decoded_token)
-        return "" if self._tokenizer is None else self._tokenizer.decode([token_id], False)
+        return "" if self.tokenizer is None else self.tokenizer.decode([token_id], False)
 
     def _bytes(self, token_id: int, token: str) -> bytes:
-        if self._tokenizer is not None and self._tokenizer.is_byte_level():
-            return self._tokenizer.token_bytes(token_id)
+        if self.tokenizer is not None and self.tokenizer.is_byte_level():
+            return self.tokenizer.token_bytes(token_id)
         return token.encode("utf-8")
 
 

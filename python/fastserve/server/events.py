@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's outputs as the events of a stream, in OpenAI's framing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
+
+from fastserve.outputs import PositionLogprobs, RequestOutput
+from fastserve.server.answers import Answer, ChatChunkChoice, ChatDelta, CompletionChoice, Usage, echoed, usage_of
+from fastserve.server.errors import as_api_error
+from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from fastserve.server.service import Job, Service
+from fastserve.server.wire import DONE, event
+
+
+async def stream_events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
+    """All events of a job, an error among them, and [DONE]. Closing it aborts the job."""
+    answer = Answer(job.request, job.request.model or service.model_names[0], service.tokenizer)
+    writer = _ChatWriter(answer) if isinstance(job.request, ChatCompletionRequest) else _CompletionWriter(answer)
+    count = _UsageCount()
+    try:
+        async with contextlib.aclosing(service.run(job)) as outputs:
+            async for index, output in outputs:
+                count.take(index, output)
+                always = count.usage(job.request) if job.request.wants_usage_always else None
+                for data in writer.write(index, output, always):
+                    yield data
+        if job.request.wants_usage:
+            yield writer.last(count.usage(job.request))
+    except Exception as error:
+        yield _error_event(error)
+    yield DONE
+
+
+def _error_event(error: Exception) -> bytes:
+    import json
+
+    return b"data: " + json.dumps(as_api_error(error).body()).encode("ascii") + b"\n\n"
+
+
+class _UsageCount:
+    """Tokens of a stream so far."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, RequestOutput] = {}
+        self._num_output_tokens = 0
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        self._last[index] = output
+        self._num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+
+    def usage(self, request: CompletionRequest | ChatCompletionRequest) -> Usage:
+        scores_only = isinstance(request, CompletionRequest) and request.scores_only
+        return usage_of(self._last.values(), self._num_output_tokens, scores_only=scores_only)
+
+
+class _CompletionWriter:
+    """Outputs with new text to chunks of a text completion, one choice in each."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._begun: set[tuple[int, int]] = set()  # (prompt, completion) whose first chunk was made
+        self._prompt_logprobs: dict[int, list[PositionLogprobs | None]] = {}  # told once, needed for each of n
+
+    def write(self, index: int, output: RequestOutput, usage: Usage | None) -> Iterator[bytes]:
+        request = self._answer.request
+        assert isinstance(request, CompletionRequest)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[index] = output.prompt_logprobs
+        for completion in output.outputs:
+            prompt = None
+            is_first = (index, completion.index) not in self._begun
+            self._begun.add((index, completion.index))
+            known = self._prompt_logprobs.get(index) if is_first else None
+            one = replace(output, outputs=[completion], prompt_logprobs=known)
+            if is_first and request.echo:
+                prompt = echoed(request, one, self._answer.tokenizer)
+            for choice in self._answer.completion_choices(index, one, prompt):
+                if not is_first:
+                    choice.prompt_token_ids = None
+                if _says_something(choice, usage):
+                    yield event(self._answer.completion([choice], usage))
+
+    def last(self, usage: Usage) -> bytes:
+        return event(self._answer.completion([], usage))
+
+
+def _says_something(choice: CompletionChoice, usage: Usage | None) -> bool:
+    """An output with half a character, or with what may become a stop string, has no text yet."""
+    return bool(choice.text or choice.finish_reason or choice.logprobs or choice.token_ids or usage)
+
+
+class _ChatWriter:
+    """Outputs with new text to chunks of a chat completion, one choice in each."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._begun: set[int] = set()
+
+    def write(self, index: int, output: RequestOutput, usage: Usage | None) -> Iterator[bytes]:
+        answer = self._answer
+        for completion in output.outputs:
+            if completion.index not in self._begun:
+                self._begun.add(completion.index)
+                role = ChatDelta(role="assistant", content="")
+                yield event(answer.chunk([ChatChunkChoice(index=completion.index, delta=role)], usage))
+            token_ids = list(completion.token_ids) if answer.request.return_token_ids else None
+            logprobs = answer.chat_logprobs(completion)
+            if not (completion.text or completion.finish_reason or logprobs or token_ids or usage):
+                continue
+            choice = ChatChunkChoice(
+                index=completion.index,
+                delta=ChatDelta(content=completion.text),
+                logprobs=logprobs,
+                finish_reason=completion.finish_reason,
+                stop_reason=completion.stop_reason,
+                token_ids=token_ids,
+            )
+            yield event(answer.chunk([choice], usage))
+
+    def last(self, usage: Usage) -> bytes:
+        return event(self._answer.chunk([], usage))

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands between the network and the endpoints: API keys, and bounds on bodies and on the time they take."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastserve.server.errors import ApiError
+
+OPEN_PATHS = frozenset(["/health", "/ping", "/"])  # "/" is a page that holds no data; what it loads needs a key
+
+
+class RequireKey:
+    """Refuses every path but OPEN_PATHS to clients without one of the keys.
+
+    Digests are compared, in constant time and with all keys, so the time tells neither length nor beginning of one.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode("utf-8")).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allows(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            401,
+            "no valid API key; send one of the server's keys as 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+        )
+        await error.response()(scope, receive, send)
+
+    def _allows(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class BoundBodies:
+    """Reads a request's body before anything else sees it: at most `max_bytes`, within `max_s` seconds, and JSON."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._max_s = max_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await asyncio.wait_for(self._read(Headers(scope=scope), receive), self._max_s)
+        except (ApiError, asyncio.TimeoutError) as error:
+            if not isinstance(error, ApiError):
+                error = ApiError(408, f"the body did not arrive within {self._max_s:g} s")
+            response = error.response()
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
+        if body is None:
+            return  # the client left
+        message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal message
+            first, message = message, None
+            return first if first is not None else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_bytes:
+            raise self._too_large()
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            if size > self._max_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                break
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if size and kind != "application/json" and not kind.endswith("+json"):
+            # A page of another origin can post text to this machine, but JSON only if this server allowed it.
+            raise ApiError(415, f"the body's Content-Type is {kind[:100]!r}; it must be application/json")
+        return b"".join(pieces)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._max_bytes} bytes, the most that is allowed")

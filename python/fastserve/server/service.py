@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine as the endpoints see it: admission, prompts made of bodies, and generation that is accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from fastserve.async_llm import AsyncLLM
+from fastserve.chat_template import render_chat
+from fastserve.config import SamplingParams
+from fastserve.errors import EngineDead, FastserveError, InvalidRequest, QueueFull
+from fastserve.inputs import Prompt
+from fastserve.outputs import RequestOutput
+from fastserve.server.errors import ApiError
+from fastserve.server.metrics import Metrics
+from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from fastserve.tokenizer import Tokenizer
+
+log = logging.getLogger("fastserve.server")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that is ready to run: its prompts as token ids, and how to sample."""
+
+    request: CompletionRequest | ChatCompletionRequest
+    prompts: list[Prompt]
+    params: SamplingParams
+    arrival_s: float  # monotonic, before tokenising
+
+
+class Service:
+    """Runs requests of clients on an AsyncLLM. All methods are for the event loop's thread."""
+
+    def __init__(self, llm: AsyncLLM, model_names: list[str], metrics: Metrics, *, max_step_s: float) -> None:
+        self.llm = llm
+        self.model_names = model_names
+        self.metrics = metrics
+        self.draining = False
+        self.num_open = 0  # sequences that were admitted and have not ended
+        self._max_step_s = max_step_s
+        self._ids = itertools.count()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.llm.get_tokenizer()
+
+    @property
+    def max_len(self) -> int:
+        """The longest context in tokens, prompt and answer together."""
+        return self.llm.loaded.engine.scheduler.max_len
+
+    async def check_health(self) -> None:
+        """Raises ApiError 503 when this server should get no more requests, with the reason."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        try:
+            await self.llm.check_health(self._max_step_s)
+        except EngineDead as error:
+            raise ApiError(503, str(error)[:500], code="engine_dead") from None
+
+    async def wait_until_idle(self) -> None:
+        await self._idle.wait()
+
+    # -- admission --------------------------------------------------------------------------------------------------
+
+    async def admit(self, model: str | None, num_sequences: int) -> None:
+        """Refuses what cannot be served now, before any work is done for it; else `release` must follow."""
+        self.check_model(model)
+        await self.check_health()
+        limit = self.llm.loaded.config.max_num_queued_requests
+        if num_sequences > limit:
+            raise ApiError(400, f"{num_sequences} sequences (prompts times n) in one request; at most {limit} can wait")
+        num_waiting = self.num_open - self.llm.loaded.engine.num_running
+        if num_waiting + num_sequences > limit:
+            self.metrics.refused.inc()
+            raise QueueFull(f"{num_waiting} requests are waiting, at most {limit} may; try again later")
+        self.num_open += num_sequences
+        self._idle.clear()
+
+    def release(self, num_sequences: int) -> None:
+        self.num_open -= num_sequences
+        if self.num_open == 0:
+            self._idle.set()
+
+    def check_model(self, model: str | None) -> None:
+        if model is not None and model not in self.model_names:
+            raise ApiError(
+                404,
+                f"the model {model[:200]!r} does not exist here; this server has {', '.join(self.model_names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    # -- prompts ----------------------------------------------------------------------------------------------------
+
+    async def completion_job(self, request: CompletionRequest, arrival_s: float) -> Job:
+        params = request.sampling_params(self.llm.loaded.default_sampling_params())
+        special = request.add_special_tokens is not False
+        given = request.prompts()
+
+        def tokenise() -> list[Prompt]:
+            return [self.llm.loaded.prompt(one, add_special_tokens=special) for one in given]
+
+        prompts = await asyncio.to_thread(tokenise)
+        return self._checked(Job(request, prompts, params, arrival_s))
+
+    async def chat_job(self, request: ChatCompletionRequest, arrival_s: float) -> Job:
+        params = request.sampling_params(self.llm.loaded.default_sampling_params())
+        prompt = await asyncio.to_thread(self.chat_prompt, request, request.add_special_tokens)
+        return self._checked(Job(request, [prompt], params, arrival_s))
+
+    def chat_prompt(self, request: ChatCompletionRequest | TokenizeRequest, add_special_tokens: bool) -> Prompt:
+        """Renders and tokenises a conversation; takes a while, so not on the event loop."""
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions")
+        text = render_chat(
+            tokenizer.chat_template,
+            [message.for_template() for message in request.messages or []],
+            add_generation_prompt=request.add_generation_prompt,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            **_checked_kwargs(request.chat_template_kwargs),
+        )
+        return self.llm.loaded.prompt(text, add_special_tokens=add_special_tokens)
+
+    def _checked(self, job: Job) -> Job:
+        """What can be refused is refused here: once a stream has begun, its status is 200."""
+        engine, request = self.llm.loaded.engine, job.request
+        for prompt in job.prompts:
+            num_prompt, num_output = len(prompt.token_ids), job.params.max_tokens
+            if num_prompt + (num_output or 1) > self.max_len:
+                asked = "at least 1 for the answer" if num_output is None else f"{num_output} for the answer"
+                raise ApiError(
+                    400,
+                    f"This model's maximum context length is {self.max_len} tokens. However, you requested "
+                    f"{num_prompt + (num_output or 1)} tokens ({num_prompt} in the prompt, {asked}). "
+                    "Please shorten the prompt or ask for fewer tokens.",
+                    param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+                    code="context_length_exceeded",
+                )
+            engine.check_request(
+                prompt.token_ids, job.params, priority=request.priority, cache_salt=request.cache_salt or ""
+            )
+        if request.priority and self.llm.loaded.config.policy != "priority":
+            raise InvalidRequest("priority is only allowed with --scheduling-policy priority")
+        return job
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    async def run(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """The outputs of all prompts of a job, with the prompt's index, as they come.
+
+        Raises FastserveError for a sequence that failed; the other prompts of the job are then aborted.
+        """
+        if len(job.prompts) == 1:
+            async with contextlib.aclosing(self._run_one(job, job.prompts[0])) as outputs:
+                async for output in outputs:
+                    yield 0, output
+            return
+        queue: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
+
+        async def pump(index: int, prompt: Prompt) -> None:
+            try:
+                async with contextlib.aclosing(self._run_one(job, prompt)) as outputs:
+                    async for output in outputs:
+                        queue.put_nowait((index, output))
+                queue.put_nowait((index, None))
+            except Exception as error:
+                queue.put_nowait((index, error))
+
+        pumps = [asyncio.ensure_future(pump(i, prompt)) for i, prompt in enumerate(job.prompts)]
+        num_left = len(pumps)
+        try:
+            while num_left:
+                index, item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    num_left -= 1
+                else:
+                    yield index, item
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _run_one(self, job: Job, prompt: Prompt) -> AsyncGenerator[RequestOutput, None]:
+        request = job.request
+        account = _Account(f"{'chat' if isinstance(request, ChatCompletionRequest) else 'cmpl'}-{next(self._ids)}", job)
+        stream = self.llm.generate(
+            {"prompt_token_ids": prompt.token_ids},
+            job.params,
+            account.request_id,
+            priority=request.priority,
+            cache_salt=request.cache_salt or "",
+        )
+        try:
+            async with contextlib.aclosing(stream):  # type: ignore[type-var]
+                async for output in stream:
+                    account.take(output, self.metrics)
+                    if output.error is not None:
+                        raise FastserveError(f"the request failed: {str(output.error)[:300]}") from output.error
+                    yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            account.reason = "abort"
+            raise
+        except BaseException as error:
+            account.reason = "error"
+            account.error = error
+            raise
+        finally:
+            account.close(len(prompt.token_ids), self.metrics)
+
+
+def _checked_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
+    from fastserve.chat_template import check_template_kwargs
+
+    check_template_kwargs(given or {})
+    return given or {}
+
+
+class _Account:
+    """What the log and the metrics say about one prompt's generation. All times are of one monotonic clock."""
+
+    def __init__(self, request_id: str, job: Job) -> None:
+        self.request_id = request_id
+        self.reason: str | None = None
+        self.error: BaseException | None = None
+        self._job = job
+        self._num_output = 0
+        self._last_s: float | None = None
+        self._first_s: float | None = None
+        self._output: RequestOutput | None = None
+
+    def take(self, output: RequestOutput, metrics: Metrics) -> None:
+        now = time.monotonic()
+        self._output = output
+        num_new = sum(len(completion.token_ids) for completion in output.outputs)
+        self._num_output += num_new
+        if num_new:
+            if self._first_s is None:
+                first_s = None if output.metrics is None else output.metrics.first_token_s
+                self._first_s = now if first_s is None else first_s
+                metrics.time_to_first_token.observe(max(0.0, self._first_s - self._job.arrival_s))
+            elif self._last_s is not None:
+                metrics.inter_token_latency.observe(now - self._last_s)
+            self._last_s = now
+        for completion in output.outputs:
+            if completion.finish_reason is not None:
+                self.reason = completion.finish_reason
+
+    def close(self, num_prompt: int, metrics: Metrics) -> None:
+        now, reason = time.monotonic(), self.reason or "abort"
+        self.reason = reason
+        total_s = now - self._job.arrival_s
+        ttft = "-" if self._first_s is None else f"{self._first_s - self._job.arrival_s:.3f}s"
+        cached = 0 if self._output is None else self._output.num_cached_tokens or 0
+        level = logging.WARNING if reason == "error" else logging.INFO
+        cause = "" if self.error is None else f" error={str(self.error)[:200]!r}"
+        log.log(
+            level,
+            "request %s finished reason=%s prompt=%d cached=%d output=%d ttft=%s time=%.3fs%s",
+            self.request_id, reason, num_prompt, cached, self._num_output, ttft, total_s, cause,
+        )  # fmt: skip
+        times = None if self._output is None else self._output.metrics
+        metrics.request_finished(
+            reason, self._job.params, num_prompt, cached, self._num_output, total_s, self._first_s, times, now
+        )

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server on a free port, in a thread of the test's own process, so that tests can look inside the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+from fastserve import AsyncLLM
+from fastserve.server.app import make_app
+from fastserve.server.options import ServeOptions
+from fastserve.server.serve import _listen, http_server, make_service
+
+
+class RunningServer:
+    """Use as a context manager. `engine` holds EngineConfig's options, `options` those of the server."""
+
+    def __init__(self, model_dir: Path, engine: dict[str, Any] | None = None, **options: Any) -> None:
+        self.llm = AsyncLLM(model_dir, **(engine or {}))
+        self.options = ServeOptions(port=0, **options)
+        self._model = str(model_dir)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    async def _serve(self) -> None:
+        self.service = make_service(self.llm, self._model, self.options)
+        self.app = make_app(self.service, self.options)
+        self._server = http_server(self.app, self.options)
+        sockets = _listen(self.options)
+        self.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+        self._ready.set()
+        await self._server.serve(sockets=sockets)
+
+    def __enter__(self) -> RunningServer:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+        self.llm.close()
+
+    def client(self, **more: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", max_retries=0, **{"api_key": "none", **more})
+
+    def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **more)
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **more)
+
+    @property
+    def engine(self) -> Any:
+        return self.llm.loaded.engine
+
+    def wait_until(self, holds: Any) -> None:
+        """Polls for what another thread is about to do; a bound, not a measurement."""
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.002)
+
+    def wait_until_empty(self) -> None:
+        """All blocks are back and nothing is open."""
+        self.wait_until(
+            lambda: (
+                not self.service.num_open
+                and not self.engine.has_work
+                and not self.llm._commands
+                and self.engine.stats.num_used_blocks == 0
+            )
+        )
+        self.engine.scheduler.check()
