@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 
 from fastserve import _native
-from op_cases.attention import Shape, arguments_for, planned
+from op_cases.attention import TWO_LEVELS, Groups, Shape, arguments_for, planned
 from op_checks import bits, run_guarded
 
 SEED = 7
@@ -18,6 +19,11 @@ SHAPES = [
     Shape(heads=9, kv_heads=3, span=64, dtype=torch.float32),
     Shape(heads=9, kv_heads=3, span=64, dtype=torch.bfloat16),
     Shape(heads=8, kv_heads=2, dim=24, block_size=16, span=128, window=70, dtype=torch.bfloat16),
+]
+SHARED_SHAPES = [
+    Shape(heads=9, kv_heads=3, span=64, dtype=torch.float32),
+    Shape(heads=9, kv_heads=3, span=64, dtype=torch.bfloat16),
+    Shape(heads=8, kv_heads=2, dim=24, span=64, window=400, dtype=torch.bfloat16),
 ]
 
 
@@ -72,6 +78,41 @@ def test_same_bits_in_any_company(shape: Shape, isa: str) -> None:
     for chunk in (1, 7, 16, 39):
         for begin in range(0, 40, chunk):
             run([(request, begin, min(begin + chunk, count)) for request, count in enumerate(rows) if begin < count])
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("shape", SHARED_SHAPES, ids=lambda shape: f"D{shape.dim}-{shape.dtype}-window{shape.window}")
+def test_same_bits_whether_a_prefix_is_shared(shape: Shape, isa: str) -> None:
+    """Shared at two levels by chunks and decodes, cut into items in any way, read by each reader, and each alone."""
+    _native.set_isa(isa)
+    rows, lengths = [1, 30, 1, 1, 1, 19, 2], [330, 360, 321, 257, 300, 279, 280]
+    batch = arguments_for(torch.Generator().manual_seed(SEED), rows, lengths, shape, TWO_LEVELS)
+    starts = [0, *accumulate(rows)]
+
+    def run(groups: Groups | None, **cut: int) -> torch.Tensor:
+        changed = Shape(**{**vars(shape), "num_workers": cut.pop("num_workers", 2)})
+        arguments = {**batch, **planned(starts, lengths, changed, groups=groups, **cut)}
+        ends = {(begin, begin + count) for begin, count, *_ in arguments["items"].tolist()}
+        is_shared = any(begin < start < end for begin, end in ends for start in starts)  # rows of two requests
+        assert is_shared or groups is None or cut.get("rows_per_shared_item") == 1
+        return run_guarded("attention", arguments)["out"]
+
+    _native.set_num_threads(2)
+    unshared = run(None)
+    for num_workers in (1, 2, 64):
+        for rows_per_shared_item in (1, 60, 1000):
+            shared = run(TWO_LEVELS, num_workers=num_workers, rows_per_shared_item=rows_per_shared_item)
+            assert (bits(shared) == bits(unshared)).all()
+    _native.set_num_threads(1)
+    assert (bits(run(TWO_LEVELS)) == bits(unshared)).all()
+    for request, (begin, end) in enumerate(pairwise(starts)):
+        alone = {
+            "q": batch["q"][begin:end],
+            "kv_cache": batch["kv_cache"],
+            "block_tables": batch["block_tables"][request : request + 1],
+            **planned([0, end - begin], [lengths[request]], shape),
+        }
+        assert (bits(run_guarded("attention", alone)["out"]) == bits(unshared[begin:end])).all()
 
 
 @pytest.mark.parametrize("isa", _native.isas())

@@ -8,6 +8,7 @@
 
 #include "bindings/bindings.h"
 #include "core/error.h"
+#include "plan/prefix_groups.h"
 
 namespace py = pybind11;
 
@@ -18,16 +19,22 @@ namespace {
 using Int32Array = py::array_t<int32_t, py::array::c_style>;
 
 // Integers as a contiguous int32 array: no copy if they are one already. Values of wider types are checked.
-Int32Array int32_array(const py::object& values, const char* name) {
+// `columns` > 0: rows of so many of them.
+Int32Array int32_array(const py::object& values, const char* name, int columns = 0) {
   const py::array given = py::array::ensure(values);
   if (!given) PyErr_Clear();
-  FS_CHECK(given && given.ndim() == 1, "attention plan: " << name << " must be a sequence of integers");
+  if (columns == 0) {
+    FS_CHECK(given && given.ndim() == 1, "attention plan: " << name << " must be a sequence of integers");
+  } else {
+    FS_CHECK(given && (given.size() == 0 || (given.ndim() == 2 && given.shape(1) == columns)),
+             "attention plan: " << name << " must be rows of " << columns << " integers");
+  }
   if (py::isinstance<Int32Array>(given)) return given;
   const char kind = given.dtype().kind();
   FS_CHECK(kind == 'i' || kind == 'u' || given.size() == 0,
            "attention plan: " << name << " must hold integers");
   const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(given);
-  Int32Array narrow(wide.size());
+  Int32Array narrow(std::vector<py::ssize_t>(wide.shape(), wide.shape() + wide.ndim()));
   int32_t* out = narrow.mutable_data();
   for (py::ssize_t i = 0; i < wide.size(); ++i) {
     const int64_t value = wide.data()[i];
@@ -48,6 +55,23 @@ py::array_t<int32_t> view(const std::vector<T>& rows, int fields, const py::obje
   return py::array_t<int32_t>({count, static_cast<py::ssize_t>(fields)}, data, self);
 }
 
+std::span<const int32_t> span_of(const Int32Array& array) {
+  return {array.data(), static_cast<size_t>(array.size())};
+}
+
+py::tuple prefix_groups(const py::array_t<int32_t, py::array::c_style | py::array::forcecast>& block_tables,
+                        const py::object& num_shareable, int block_size) {
+  FS_CHECK(block_tables.ndim() == 2, "prefix groups: block_tables must be [requests, blocks]");
+  const Int32Array counts = int32_array(num_shareable, "num_shareable");
+  const PrefixGroups found =
+      find_prefix_groups({block_tables.data(), static_cast<size_t>(block_tables.size())},
+                         block_tables.shape(1), span_of(counts), block_size);
+  const auto num_groups = static_cast<py::ssize_t>(found.groups.size());
+  return py::make_tuple(Int32Array(static_cast<py::ssize_t>(found.order.size()), found.order.data()),
+                        Int32Array({num_groups, py::ssize_t{kGroupFields}},
+                                   reinterpret_cast<const int32_t*>(found.groups.data())));
+}
+
 }  // namespace
 
 void bind_plan(py::module_& module) {
@@ -59,14 +83,21 @@ block_size, span: tokens; span must be a multiple of block_size and be the one g
 group_size, num_kv_heads: query heads per KV head, KV heads.
 window: a row sees its last `window` tokens, itself included; 0: all.
 num_workers: threads that should have work at the same time; decides only how items are cut, never a result.
-rows_per_item: packed rows (tokens x group_size) of an item.
+rows_per_item, rows_per_shared_item: packed rows (tokens x group_size) of an item, and of one whose rows are of
+several requests.
+tokens_per_partial: what a partial result costs, in KV tokens read; 0: share whatever saves reads.
+groups: int32 [G, 4], prefixes that requests share, as prefix_groups() returns them. Those that pay are read once
+for all their readers; never changes a result.
 
 A plan never changes. items, merges and parts are views into it that keep it alive; treat them as read-only.
 Raises ValueError naming what was given and what is allowed.)")
       .def(py::init([](const py::object& query_start, const py::object& seq_lens, int block_size, int span,
-                       int group_size, int num_kv_heads, int window, int num_workers, int rows_per_item) {
+                       int group_size, int num_kv_heads, int window, int num_workers, int rows_per_item,
+                       int rows_per_shared_item, int tokens_per_partial, const py::object& groups) {
              const Int32Array starts = int32_array(query_start, "query_start");
              const Int32Array lens = int32_array(seq_lens, "seq_lens");
+             const Int32Array nodes =
+                 groups.is_none() ? Int32Array(0) : int32_array(groups, "groups", kGroupFields);
              AttentionPlanOptions options;
              options.block_size = block_size;
              options.span = span;
@@ -75,12 +106,18 @@ Raises ValueError naming what was given and what is allowed.)")
              options.window = window;
              options.num_workers = num_workers;
              options.rows_per_item = rows_per_item;
-             return AttentionPlan({starts.data(), static_cast<size_t>(starts.size())},
-                                  {lens.data(), static_cast<size_t>(lens.size())}, options);
+             options.rows_per_shared_item = rows_per_shared_item;
+             options.tokens_per_partial = tokens_per_partial;
+             return AttentionPlan(span_of(starts), span_of(lens), options,
+                                  {reinterpret_cast<const PrefixGroup*>(nodes.data()),
+                                   static_cast<size_t>(nodes.size() / kGroupFields)});
            }),
            py::arg("query_start"), py::arg("seq_lens"), py::kw_only(), py::arg("block_size"), py::arg("span"),
            py::arg("group_size"), py::arg("num_kv_heads"), py::arg("window") = 0, py::arg("num_workers") = 1,
-           py::arg("rows_per_item") = AttentionPlanOptions{}.rows_per_item)
+           py::arg("rows_per_item") = AttentionPlanOptions{}.rows_per_item,
+           py::arg("rows_per_shared_item") = AttentionPlanOptions{}.rows_per_shared_item,
+           py::arg("tokens_per_partial") = AttentionPlanOptions{}.tokens_per_partial,
+           py::arg("groups") = py::none())
       .def_property_readonly(
           "items",
           [](const py::object& self) {
@@ -101,10 +138,23 @@ Raises ValueError naming what was given and what is allowed.)")
           "int32 [P]: workspace slots in the order in which merges fold them.")
       .def_property_readonly("num_slots", &AttentionPlan::num_slots,
                              "Partial results that the workspace holds, each for one row and all heads.")
+      .def_property_readonly("num_tokens_read", &AttentionPlan::num_tokens_read,
+                             "KV tokens that the items of one KV head read.")
+      .def_property_readonly("num_shared_items", &AttentionPlan::num_shared_items,
+                             "Items that read KV for rows of several requests.")
       .def_property_readonly(
           "span", [](const AttentionPlan& plan) { return plan.options().span; }, "Tokens of a span.")
       .def("workspace_floats", &AttentionPlan::workspace_floats, py::arg("num_heads"), py::arg("head_dim"),
            "Size of the workspace in floats for num_heads query heads of head_dim.");
+  module.def("prefix_groups", &prefix_groups, py::arg("block_tables"), py::arg("num_shareable"),
+             py::kw_only(), py::arg("block_size"),
+             R"(Which requests of a step have which KV in the same blocks.
+
+block_tables: int32 [B, MB]. num_shareable: int32 [B], leading blocks of each that it only reads in this step.
+Returns (order, groups). order: int32 [B], the requests depth-first, so that the readers of every prefix are
+neighbours; unchanged if nothing is shared. groups: int32 [G, 4], kv_begin, kv_end, request_begin, request_end: tokens
+[kv_begin, kv_end) are shared by the requests in these places of `order`; a parent before its children.
+Raises ValueError naming what was given and what is allowed.)");
 }
 
 }  // namespace fs

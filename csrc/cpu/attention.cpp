@@ -42,8 +42,15 @@ class Unit {
     const int64_t num_packed = item_.num_rows * shape_.group;
     const int64_t fitting = kScratchFloats / (3 * shape_.stride);
     const int64_t step = fitting < kBlockRows ? fitting : kBlockRows;
-    for (int64_t row = 0; row < num_packed; row += step) {
-      run_rows(row, num_packed - row < step ? num_packed - row : step);
+    // Many rows over the same tokens, such as those of a shared prefix, go span by span: its K and V come
+    // from memory once and stay in L2 for all of them.
+    const int64_t first_span = item_.kv_begin / op_.span;
+    const int64_t end_span = (item_.kv_end + op_.span - 1) / op_.span;
+    const int64_t spans = num_packed > step && item_.num_parts > 0 ? 1 : end_span - first_span;
+    for (int64_t s = first_span; s < end_span; s += spans) {
+      for (int64_t row = 0; row < num_packed; row += step) {
+        run_rows(row, num_packed - row < step ? num_packed - row : step, s, s + spans);
+      }
     }
   }
 
@@ -52,7 +59,8 @@ class Unit {
   int64_t token_of(int64_t packed) const { return packed / shape_.group; }
   int64_t head_of(int64_t packed) const { return kv_head_ * shape_.group + packed % shape_.group; }
 
-  void run_rows(int64_t first, int64_t count) {
+  // Rows [first, first + count) over the spans [first_span, end_span) of the item.
+  void run_rows(int64_t first, int64_t count, int64_t first_span, int64_t end_span) {
     alignas(64) float scratch[kScratchFloats];
     alignas(64) float lane_sums[kBlockRows * kLanes];
     float* q = scratch;
@@ -64,16 +72,13 @@ class Unit {
     load_queries(first, count, q);
     find_visible(first, count);
 
-    const int64_t span = op_.span;
-    const int64_t first_span = item_.kv_begin / span;
-    const int64_t end_span = (item_.kv_end + span - 1) / span;
-    const bool store_each = item_.num_parts > 1;
+    const int64_t item_span = item_.kv_begin / op_.span;
     Partials* folded = nullptr;
     Partials* current = &buffers[0];
     for (int64_t s = first_span; s < end_span; ++s) {
-      attend_span(count, s * span, q, current, lane_sums);
-      if (store_each) {
-        store_partials(first, count, s - first_span, current);
+      attend_span(count, s * op_.span, q, current, lane_sums);
+      if (item_.num_parts > 1) {
+        store_partials(first, count, s - item_span, current);
       } else if (folded == nullptr) {
         folded = current;
         current = &buffers[1];
@@ -81,8 +86,12 @@ class Unit {
         for (int64_t r = 0; r < count; ++r) fold(folded->row(r), current->row(r), shape_.head_dim);
       }
     }
-    if (store_each) return;
-    if (item_.num_parts == 1) return store_partials(first, count, 0, folded);
+    if (item_.num_parts > 1) return;
+    if (item_.num_parts == 1) {
+      if (first_span == item_span) return store_partials(first, count, 0, folded);
+      for (int64_t r = 0; r < count; ++r) fold(stored(first + r, 0), folded->row(r), shape_.head_dim);
+      return;
+    }
     for (int64_t r = 0; r < count; ++r) {
       float* out = op_.out.ptr<float>() + (item_.row_begin + token_of(first + r)) * op_.out.stride[0] +
                    head_of(first + r) * shape_.head_dim;
@@ -209,15 +218,21 @@ class Unit {
     return tile;
   }
 
+  // Where the workspace has a packed row's partial.
+  Partial stored(int64_t packed, int64_t part) const {
+    const int64_t slot = item_.slot + part * item_.num_rows + token_of(packed);
+    float* at =
+        op_.workspace.ptr<float>() + slot * shape_.slot_size + head_of(packed) * (shape_.head_dim + 2);
+    return {at, at + shape_.head_dim, at + shape_.head_dim + 1};
+  }
+
   void store_partials(int64_t first, int64_t count, int64_t part, Partials* partials) const {
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t slot = item_.slot + part * item_.num_rows + token_of(first + r);
-      float* to =
-          op_.workspace.ptr<float>() + slot * shape_.slot_size + head_of(first + r) * (shape_.head_dim + 2);
-      std::memcpy(to, partials->out + r * shape_.stride,
+      const Partial to = stored(first + r, part);
+      std::memcpy(to.out, partials->out + r * shape_.stride,
                   static_cast<size_t>(shape_.head_dim) * sizeof(float));
-      to[shape_.head_dim] = partials->max[r];
-      to[shape_.head_dim + 1] = partials->sum[r];
+      *to.max = partials->max[r];
+      *to.sum = partials->sum[r];
     }
   }
 

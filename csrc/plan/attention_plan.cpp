@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "plan/shared_prefixes.h"
 
 namespace fs {
 
@@ -27,37 +28,34 @@ int64_t spans_of(const AttentionItem& item, int64_t span) {
 }  // namespace
 
 AttentionPlan::AttentionPlan(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens,
-                             const AttentionPlanOptions& options)
+                             const AttentionPlanOptions& options, std::span<const PrefixGroup> groups)
     : options_(options) {
   check(query_start, seq_lens);
-  const int32_t rows_per_item = std::max(1, options_.rows_per_item / options_.group_size);
+  const std::vector<PrefixGroup> shared = choose_shared_prefixes(groups, query_start, seq_lens, options_);
+  std::vector<int32_t> first_tile = make_tiles(query_start, seq_lens, shared);
 
-  std::vector<AttentionItem> whole;  // every row tile with all that it sees
-  whole.reserve(seq_lens.size() + static_cast<size_t>(query_start.back() / rows_per_item));
   int64_t total = 0;
-  for (size_t b = 0; b < seq_lens.size(); ++b) {
-    const int32_t first_position = seq_lens[b] - (query_start[b + 1] - query_start[b]);
-    for (int64_t next = query_start[b]; next < query_start[b + 1]; next += rows_per_item) {
-      const auto row = static_cast<int32_t>(next);
-      AttentionItem item{};
-      item.row_begin = row;
-      item.num_rows = std::min(rows_per_item, query_start[b + 1] - row);
-      item.position = first_position + (row - query_start[b]);
-      item.kv_begin = options_.window == 0 ? 0 : std::max(0, item.position - options_.window + 1);
-      item.kv_end = item.position + item.num_rows;
-      item.request = static_cast<int32_t>(b);
-      whole.push_back(item);
-      total += cost(item);
-    }
+  for (const RowTile& tile : tiles_) total += cost(tile.whole);
+  for (const PrefixGroup& node : shared) {
+    AttentionItem all{};
+    all.num_rows = query_start[node.request_end] - query_start[node.request_begin];
+    all.kv_begin = node.kv_begin;
+    all.kv_end = node.kv_end;
+    total += cost(all);
   }
-
   // An item larger than its share of the work is cut where spans meet.
   const int64_t max_cost = std::max<int64_t>(
       total * options_.num_kv_heads / (kUnitsPerWorker * std::max(1, options_.num_workers)), 1);
-  items_.reserve(whole.size() + 64);
-  for (const AttentionItem& item : whole) cut(item, max_cost);
-  FS_CHECK(num_slots_ <= kMaxInt, "attention plan: " << num_slots_ << " partial results");
+  items_.reserve(tiles_.size() + shared.size() + 64);
+  for (const PrefixGroup& node : shared) {
+    add_shared(node, first_tile[node.request_begin], first_tile[node.request_end], max_cost);
+  }
+  num_shared_items_ = static_cast<int32_t>(items_.size());
+  for (const RowTile& tile : tiles_) add_tile(tile, max_cost);
+  for (const AttentionItem& item : items_) num_tokens_read_ += item.kv_end - item.kv_begin;
   sort_by_cost();
+  tiles_ = {};
+  links_ = {};
 }
 
 void AttentionPlan::check(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens) const {
@@ -71,6 +69,10 @@ void AttentionPlan::check(std::span<const int32_t> query_start, std::span<const 
   FS_CHECK(o.window >= 0, "attention plan: window is " << o.window << "; must not be negative");
   FS_CHECK(o.rows_per_item >= 1,
            "attention plan: rows_per_item is " << o.rows_per_item << "; must be at least 1");
+  FS_CHECK(o.rows_per_shared_item >= 1,
+           "attention plan: rows_per_shared_item is " << o.rows_per_shared_item << "; must be at least 1");
+  FS_CHECK(o.tokens_per_partial >= 0,
+           "attention plan: tokens_per_partial is " << o.tokens_per_partial << "; must not be negative");
   FS_CHECK(o.num_workers >= 1, "attention plan: num_workers is " << o.num_workers << "; must be at least 1");
   FS_CHECK(query_start.size() == seq_lens.size() + 1,
            "attention plan: query_start has " << query_start.size() << " entries for " << seq_lens.size()
@@ -93,42 +95,124 @@ int64_t AttentionPlan::cost(const AttentionItem& item) const {
   return tokens * std::max(packed_rows, kRowsPerTokenRead);
 }
 
-// Cuts one row tile into items of at most max_cost, or one span. The first folds its spans itself; those
-// after it cannot (the fold starts at the left), and store one partial per span.
-void AttentionPlan::cut(const AttentionItem& whole, int64_t max_cost) {
-  const int64_t span = options_.span;
-  const int64_t num_spans = spans_of(whole, span);
-  const int64_t num_items = std::min(num_spans, (cost(whole) + max_cost - 1) / max_cost);
-  if (num_items <= 1) {
-    AttentionItem item = whole;
+// The row tiles of all requests, and for each request (and one more) the first of its tiles.
+std::vector<int32_t> AttentionPlan::make_tiles(std::span<const int32_t> query_start,
+                                               std::span<const int32_t> seq_lens,
+                                               const std::vector<PrefixGroup>& shared) {
+  const int32_t rows_per_item = std::max(1, options_.rows_per_item / options_.group_size);
+  std::vector<int32_t> shared_end(seq_lens.size(), 0);
+  for (const PrefixGroup& node : shared) {
+    std::fill(shared_end.begin() + node.request_begin, shared_end.begin() + node.request_end, node.kv_end);
+  }
+  std::vector<int32_t> first_tile;
+  first_tile.reserve(seq_lens.size() + 1);
+  tiles_.reserve(seq_lens.size() + static_cast<size_t>(query_start.back() / rows_per_item));
+  for (size_t b = 0; b < seq_lens.size(); ++b) {
+    first_tile.push_back(static_cast<int32_t>(tiles_.size()));
+    const int32_t first_position = seq_lens[b] - (query_start[b + 1] - query_start[b]);
+    for (int64_t next = query_start[b]; next < query_start[b + 1]; next += rows_per_item) {
+      const auto row = static_cast<int32_t>(next);
+      AttentionItem whole{};
+      whole.row_begin = row;
+      whole.num_rows = std::min(rows_per_item, query_start[b + 1] - row);
+      whole.position = first_position + (row - query_start[b]);
+      const int32_t visible = options_.window == 0 ? 0 : std::max(0, whole.position - options_.window + 1);
+      whole.kv_begin = std::max(visible, shared_end[b]);
+      whole.kv_end = whole.position + whole.num_rows;
+      whole.request = static_cast<int32_t>(b);
+      tiles_.push_back({whole});
+    }
+  }
+  first_tile.push_back(static_cast<int32_t>(tiles_.size()));
+  return first_tile;
+}
+
+// The items of a shared node: whole row tiles together, as many as fit.
+void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t end, int64_t max_cost) {
+  int64_t max_rows = options_.rows_per_shared_item / options_.group_size;
+  // Few spans cannot be cut for all workers; then rows are.
+  max_rows = std::min(max_rows, max_cost / (options_.span + kItemCost) / options_.group_size);
+  max_rows = std::max<int64_t>(max_rows, options_.rows_per_item / options_.group_size);
+  // `position` makes the first row see just all; the window of the last one must still reach back to the
+  // first.
+  if (options_.window > 0)
+    max_rows = std::min<int64_t>(max_rows, options_.window - node.kv_end + node.kv_begin + 1);
+  while (begin < end) {
+    AttentionItem whole = tiles_[begin].whole;  // row_begin, request
+    whole.kv_begin = node.kv_begin;
+    whole.kv_end = node.kv_end;
+    int32_t stop = begin + 1;
+    while (stop < end && whole.num_rows + tiles_[stop].whole.num_rows <= max_rows) {
+      whole.num_rows += tiles_[stop].whole.num_rows;
+      ++stop;
+    }
+    const auto first_item = static_cast<int32_t>(items_.size());
+    add_pieces(whole, num_pieces(whole, max_cost), node.kv_begin == 0);
+    for (auto item = first_item; item < static_cast<int32_t>(items_.size()); ++item) {
+      items_[item].position = items_[item].kv_end - 1;
+      for (int32_t tile = begin; tile < stop; ++tile) {
+        const auto link = static_cast<int32_t>(links_.size());
+        links_.push_back({item, -1});
+        (tiles_[tile].first_link < 0 ? tiles_[tile].first_link : links_[tiles_[tile].last_link].next) = link;
+        tiles_[tile].last_link = link;
+      }
+    }
+    begin = stop;
+  }
+}
+
+// The items of a row tile's own, and the merge of all that have its rows.
+void AttentionPlan::add_tile(const RowTile& tile, int64_t max_cost) {
+  const int64_t pieces = num_pieces(tile.whole, max_cost);
+  if (pieces == 1 && tile.first_link < 0) {
+    AttentionItem item = tile.whole;
     item.slot = -1;
     item.num_parts = 0;
     items_.push_back(item);
     return;
   }
+  const auto first_item = static_cast<int32_t>(items_.size());
+  add_pieces(tile.whole, pieces, tile.first_link < 0);
   AttentionMerge merge{};
-  merge.row_begin = whole.row_begin;
-  merge.num_rows = whole.num_rows;
+  merge.row_begin = tile.whole.row_begin;
+  merge.num_rows = tile.whole.num_rows;
   merge.parts_begin = static_cast<int32_t>(parts_.size());
-  merge.num_items = static_cast<int32_t>(num_items);
-  const int64_t first_span = whole.kv_begin / span;
-  for (int64_t i = 0; i < num_items; ++i) {
-    AttentionItem item = whole;
-    if (i > 0) item.kv_begin = static_cast<int32_t>((first_span + num_spans * i / num_items) * span);
-    if (i + 1 < num_items)
-      item.kv_end = static_cast<int32_t>((first_span + num_spans * (i + 1) / num_items) * span);
-    item.num_parts = i == 0 ? 1 : static_cast<int32_t>(spans_of(item, span));
-    item.slot = static_cast<int32_t>(num_slots_);
-    item.merge_begin = static_cast<int32_t>(merges_.size());
-    item.num_merges = 1;
-    for (int32_t part = 0; part < item.num_parts; ++part) {
-      parts_.push_back(static_cast<int32_t>(num_slots_));
-      num_slots_ += item.num_rows;
-    }
-    items_.push_back(item);
-  }
+  const auto take = [&](int32_t index) {
+    AttentionItem& item = items_[index];
+    if (item.num_merges++ == 0) item.merge_begin = static_cast<int32_t>(merges_.size());
+    const int32_t offset = merge.row_begin - item.row_begin;
+    for (int32_t p = 0; p < item.num_parts; ++p) parts_.push_back(item.slot + p * item.num_rows + offset);
+    ++merge.num_items;
+  };
+  for (int32_t link = tile.first_link; link >= 0; link = links_[link].next) take(links_[link].item);
+  for (auto item = first_item; item < static_cast<int32_t>(items_.size()); ++item) take(item);
   merge.parts_end = static_cast<int32_t>(parts_.size());
   merges_.push_back(merge);
+}
+
+// Into how many items of at most max_cost, or one span, these rows and tokens are cut.
+int64_t AttentionPlan::num_pieces(const AttentionItem& whole, int64_t max_cost) const {
+  return std::max<int64_t>(1,
+                           std::min(spans_of(whole, options_.span), (cost(whole) + max_cost - 1) / max_cost));
+}
+
+// Items that store partials. One with which the fold begins folds its spans itself; those after it cannot
+// (the fold starts at the left), and store one partial per span.
+void AttentionPlan::add_pieces(const AttentionItem& whole, int64_t num_pieces, bool fold_begins) {
+  const int64_t span = options_.span;
+  const int64_t num_spans = spans_of(whole, span);
+  const int64_t first_span = whole.kv_begin / span;
+  for (int64_t i = 0; i < num_pieces; ++i) {
+    AttentionItem item = whole;
+    if (i > 0) item.kv_begin = static_cast<int32_t>((first_span + num_spans * i / num_pieces) * span);
+    if (i + 1 < num_pieces)
+      item.kv_end = static_cast<int32_t>((first_span + num_spans * (i + 1) / num_pieces) * span);
+    item.num_parts = i == 0 && fold_begins ? 1 : static_cast<int32_t>(spans_of(item, span));
+    item.slot = static_cast<int32_t>(num_slots_);
+    num_slots_ += int64_t{item.num_parts} * item.num_rows;
+    FS_CHECK(num_slots_ <= kMaxInt, "attention plan: " << num_slots_ << " partial results");
+    items_.push_back(item);
+  }
 }
 
 void AttentionPlan::sort_by_cost() {

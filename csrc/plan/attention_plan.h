@@ -3,18 +3,22 @@
 // AttentionPlan: one step's attention as a list of work items. Made once per step on the host, used by every
 // layer. Integers only.
 //
-// An item is: some query rows x a range of KV tokens x one causal offset. A prefill chunk, a decode and a
-// piece of a long context differ only in their numbers. The kernel runs every item once per KV head.
+// An item is: some query rows x a range of KV tokens x one causal offset. A prefill chunk, a decode, a piece
+// of a long context and a prefix that many requests share differ only in their numbers. The kernel runs every
+// item once per KV head.
 //
 // Same results for every plan: KV is cut into spans, whole multiples of `span` tokens counted from position
 // 0. The kernel computes the partial (maximum, sum, output) of each span from nothing and folds the partials
 // from left to right with one fixed arithmetic. So it makes no difference to a single bit whether one item
-// walks all spans of a row or several items share them; the plan is free to cut for balance.
+// walks all spans of a row or several items share them; the plan is free to cut for balance. For the same
+// reason rows of several requests may share an item over the whole spans of KV that they have in common.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <vector>
+
+#include "plan/prefix_groups.h"
 
 namespace fs {
 
@@ -25,7 +29,7 @@ struct AttentionItem {
   int32_t kv_begin;  // KV tokens [kv_begin, kv_end) of `request`
   int32_t kv_end;
   int32_t position;   // row i of the item sees KV tokens up to and including position + i
-  int32_t request;    // row of the block table
+  int32_t request;    // row of the block table; where rows are of several requests, any of them
   int32_t slot;       // first workspace slot, or -1: no other item has these rows, write the output
   int32_t num_parts;  // 0: write the output; 1: the folded partial of all spans in [kv_begin, kv_end), legal
                       // only where the fold of these rows begins; else one partial for each of the spans.
@@ -54,17 +58,25 @@ struct AttentionPlanOptions {
   int group_size = 1;    // query heads per KV head
   int num_kv_heads = 1;  // each item is this many units of work
   int window = 0;        // a row sees its last `window` tokens, itself included; 0: all
-  int rows_per_item =
-      48;               // packed rows (tokens * group_size) that an item holds at most, but at least a token
+  // Packed rows (tokens * group_size) that an item holds at most, but at least a token; and the same for
+  // items whose rows are of several requests.
+  int rows_per_item = 48;
+  int rows_per_shared_item = 384;
+  // To write and read one partial of one query head moves as many bytes as reading so many tokens of its KV
+  // head: 2 * 4 * (head_dim + 2) against 4 * head_dim for 16-bit KV, and there is a fold. 0: share whatever
+  // saves reads.
+  int tokens_per_partial = 4;
   int num_workers = 1;  // threads or multiprocessors that should have work at the same time
 };
 
 class AttentionPlan {
  public:
   // Request b has the rows [query_start[b], query_start[b + 1]), the last ones of its seq_lens[b] tokens.
-  // query_start has one entry more than seq_lens. Throws fs::Error with the values on any other input.
+  // query_start has one entry more than seq_lens. `groups` are the prefixes that requests share, a tree in
+  // depth-first order as find_prefix_groups gives it; every row of a reader comes after the tokens it shares.
+  // Throws fs::Error with the values on any other input.
   AttentionPlan(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens,
-                const AttentionPlanOptions& options);
+                const AttentionPlanOptions& options, std::span<const PrefixGroup> groups = {});
 
   const std::vector<AttentionItem>& items() const { return items_; }  // the most work first
   const std::vector<AttentionMerge>& merges() const { return merges_; }
@@ -73,11 +85,30 @@ class AttentionPlan {
   int64_t workspace_floats(int64_t num_heads, int64_t head_dim) const {
     return num_slots_ * num_heads * (head_dim + 2);
   }
+  // KV tokens that one KV head's items read: what sharing makes less.
+  int64_t num_tokens_read() const { return num_tokens_read_; }
+  int num_shared_items() const { return num_shared_items_; }
   const AttentionPlanOptions& options() const { return options_; }
 
  private:
+  // Rows of one request that walk their KV together, and what they share with others.
+  struct RowTile {
+    AttentionItem whole;      // all that nobody else reads with them
+    int32_t first_link = -1;  // the shared items that hold them, in fold order
+    int32_t last_link = -1;
+  };
+  struct Link {
+    int32_t item;
+    int32_t next;
+  };
+
   void check(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens) const;
-  void cut(const AttentionItem& whole, int64_t max_cost);
+  std::vector<int32_t> make_tiles(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens,
+                                  const std::vector<PrefixGroup>& shared);
+  void add_shared(const PrefixGroup& node, int32_t begin, int32_t end, int64_t max_cost);
+  void add_tile(const RowTile& tile, int64_t max_cost);
+  void add_pieces(const AttentionItem& whole, int64_t num_pieces, bool fold_begins);
+  int64_t num_pieces(const AttentionItem& whole, int64_t max_cost) const;
   int64_t cost(const AttentionItem& item) const;
   void sort_by_cost();
 
@@ -86,6 +117,10 @@ class AttentionPlan {
   std::vector<AttentionMerge> merges_;
   std::vector<int32_t> parts_;
   int64_t num_slots_ = 0;
+  int64_t num_tokens_read_ = 0;
+  int num_shared_items_ = 0;
+  std::vector<RowTile> tiles_;  // while the plan is made
+  std::vector<Link> links_;
 };
 
 }  // namespace fs

@@ -18,12 +18,22 @@ struct Step {
   std::vector<int32_t> query_start{0};
   std::vector<int32_t> seq_lens;
   AttentionPlanOptions options;
+  std::vector<PrefixGroup> groups;
 
+  // Tokens that two requests share.
+  int32_t common(int32_t a, int32_t b) const {
+    int32_t tokens = 0;
+    for (const PrefixGroup& group : groups) {
+      const auto reads = [&](int32_t r) { return group.request_begin <= r && r < group.request_end; };
+      if (reads(a) && reads(b)) tokens = std::max(tokens, group.kv_end);
+    }
+    return tokens;
+  }
   void add(int32_t num_rows, int32_t seq_len) {
     query_start.push_back(query_start.back() + num_rows);
     seq_lens.push_back(seq_len);
   }
-  AttentionPlan plan() const { return AttentionPlan(query_start, seq_lens, options); }
+  AttentionPlan plan() const { return AttentionPlan(query_start, seq_lens, options, groups); }
 };
 
 AttentionPlanOptions options_of(int block_size, int span, int group_size = 1, int num_kv_heads = 1) {
@@ -48,12 +58,35 @@ Step random_step(uint32_t seed) {
   step.options.window = pick(random, 0, 1) == 0 ? 0 : pick(random, 1, 200);
   step.options.rows_per_item = pick(random, 1, 64);
   step.options.num_workers = pick(random, 1, 32);
-  const int num_requests = pick(random, 0, 7);
+  step.options.rows_per_shared_item = pick(random, 1, 200);
+  step.options.tokens_per_partial = pick(random, 0, 4);
+  const int num_requests = pick(random, 0, 9);
+  if (pick(random, 0, 3) > 0) {
+    // Up to four levels: a range of requests shares some tokens, then parts in two.
+    const auto add_groups = [&](auto&& self, int begin, int end, int kv_begin, int level) -> void {
+      if (end - begin < 2 || level == 4) return;
+      const int kv_end = kv_begin + pick(random, 1, 300);
+      const bool is_shared = level == 0 || pick(random, 0, 5) > 0;
+      if (is_shared) step.groups.push_back({kv_begin, kv_end, begin, end});
+      if (!is_shared) return;
+      const int middle = pick(random, begin, end);
+      self(self, begin, middle, kv_end, level + 1);
+      self(self, middle, end, kv_end, level + 1);
+    };
+    const int begin = pick(random, 0, num_requests);
+    add_groups(add_groups, begin, pick(random, begin, num_requests), 0, 0);
+  }
+  const bool only_decodes = pick(random, 0, 1) == 0;
   for (int b = 0; b < num_requests; ++b) {
-    const int num_rows = pick(random, 0, 2) == 0 ? 1 : pick(random, 0, 70);
-    step.add(num_rows, num_rows + pick(random, 0, 500));
+    const int num_rows = only_decodes || pick(random, 0, 2) == 0 ? 1 : pick(random, 0, 70);
+    step.add(num_rows, num_rows + step.common(b, b) + pick(random, 0, 300));
   }
   return step;
+}
+
+int32_t request_of(const Step& step, int32_t row) {
+  const auto next = std::upper_bound(step.query_start.begin(), step.query_start.end(), row);
+  return static_cast<int32_t>(next - step.query_start.begin()) - 1;
 }
 
 // The key tokens that row i of an item reads: what it sees of the item's range.
@@ -73,13 +106,27 @@ TEST_P(RandomStep, CoversEveryVisiblePairOnce) {
     ASSERT_GE(item.request, 0);
     ASSERT_LT(item.request, static_cast<int32_t>(step.seq_lens.size()));
     const auto b = static_cast<size_t>(item.request);
-    ASSERT_GE(item.row_begin, step.query_start[b]);
+    ASSERT_GE(item.row_begin, 0);
     ASSERT_GE(item.num_rows, 1);
-    ASSERT_LE(item.row_begin + item.num_rows, step.query_start[b + 1]);
+    ASSERT_LE(item.row_begin + item.num_rows, step.query_start.back());
     ASSERT_LT(item.kv_begin, item.kv_end);
     ASSERT_LE(item.kv_end, step.seq_lens[b]);
-    ASSERT_EQ(item.position, step.seq_lens[b] - (step.query_start[b + 1] - item.row_begin));
-    ASSERT_LE((item.num_rows - 1) * step.options.group_size, step.options.rows_per_item);
+    const int32_t first = request_of(step, item.row_begin);
+    const int32_t last = request_of(step, item.row_begin + item.num_rows - 1);
+    if (first == last && item.request == first &&
+        item.position == step.seq_lens[b] - (step.query_start[b + 1] - item.row_begin)) {
+      ASSERT_LE((item.num_rows - 1) * step.options.group_size, step.options.rows_per_item);
+    } else {
+      // Whole spans of one node, that every row sees all of.
+      ASSERT_LE((item.num_rows - 1) * step.options.group_size,
+                std::max(step.options.rows_per_item, step.options.rows_per_shared_item));
+      for (int32_t r = first; r <= last; ++r) ASSERT_LE(item.kv_end, step.common(item.request, r));
+      ASSERT_EQ(item.kv_begin % step.options.span, 0);
+      ASSERT_EQ(item.kv_end % step.options.span, 0);
+      for (int32_t i = 0; i < item.num_rows; ++i) {
+        ASSERT_EQ(keys_read(item, i, step.options.window), std::make_pair(item.kv_begin, item.kv_end));
+      }
+    }
     for (int32_t i = 0; i < item.num_rows; ++i) {
       const auto [begin, end] = keys_read(item, i, step.options.window);
       for (int32_t key = begin; key < end; ++key) ++reads[{item.row_begin + i, key}];
@@ -225,6 +272,75 @@ TEST(AttentionPlan, LeavesEvenBatchesWhole) {
   const AttentionPlan plan = step.plan();
   EXPECT_EQ(plan.items().size(), 64u);
   EXPECT_EQ(plan.num_slots(), 0);
+}
+
+// 64 decodes after one system prompt and one of four documents: every token of both is read once.
+TEST(AttentionPlan, ReadsEveryLevelOnce) {
+  Step step;
+  step.options = options_of(32, 256, 3, 3);
+  step.groups.push_back({0, 1024, 0, 64});
+  for (int32_t d = 0; d < 4; ++d) step.groups.push_back({1024, 1024 + 3072, 16 * d, 16 * (d + 1)});
+  for (int32_t b = 0; b < 64; ++b) step.add(1, 4096 + 100);
+  const AttentionPlan plan = step.plan();
+  EXPECT_EQ(plan.num_tokens_read(), 1024 + 4 * 3072 + 64 * 100);
+  EXPECT_GE(plan.num_shared_items(), 5);
+  EXPECT_EQ(plan.merges().size(), 64u);
+  for (const AttentionItem& item : plan.items()) {
+    EXPECT_EQ(item.num_rows > 1, item.kv_end <= 4096);
+    EXPECT_TRUE(item.num_rows == 1 || (item.kv_begin < 1024) == (item.kv_end <= 1024));
+  }
+}
+
+TEST(AttentionPlan, SharesOnlyWhatPaysAndIsLegal) {
+  const auto num_shared = [](int32_t shared, int32_t own, int readers, int32_t window) {
+    Step step;
+    step.options = options_of(32, 256, 4);
+    step.options.window = window;
+    step.groups.push_back({0, shared, 0, readers});
+    for (int b = 0; b < readers; ++b) step.add(1, shared + own);
+    return step.plan().num_shared_items();
+  };
+  EXPECT_GT(num_shared(1024, 64, 8, 0), 0);
+  EXPECT_EQ(num_shared(255, 64, 8, 0), 0);      // less than a span
+  EXPECT_EQ(num_shared(256, 8192, 2, 0), 0);    // the partials of 8192 tokens cost more
+  EXPECT_EQ(num_shared(1024, 64, 1, 0), 0);     // nobody to share with
+  EXPECT_EQ(num_shared(1024, 64, 8, 1000), 0);  // the window has left the first tokens behind
+  EXPECT_GT(num_shared(1024, 64, 8, 1088), 0);
+}
+
+// What does not pay for the parent is offered to its children.
+TEST(AttentionPlan, ChildrenReadWhatAParentDoesNotShare) {
+  Step step;
+  step.options = options_of(32, 256);
+  step.groups = {{0, 200, 0, 4}, {200, 1000, 0, 2}};
+  for (int b = 0; b < 4; ++b) step.add(1, 1100);
+  const AttentionPlan plan = step.plan();
+  EXPECT_EQ(plan.num_tokens_read(), 768 + 2 * (1100 - 768) + 2 * 1100);
+}
+
+TEST(AttentionPlan, RefusesGroupsThatAreNoTree) {
+  const auto message = [](std::vector<PrefixGroup> groups) -> std::string {
+    Step step;
+    step.options = options_of(16, 32);
+    for (int b = 0; b < 4; ++b) step.add(2, 102);
+    step.groups = std::move(groups);
+    try {
+      step.plan();
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(message({{0, 100, 0, 4}}), "");
+  EXPECT_EQ(message({{0, 32, 2, 5}}), "attention plan: groups[0] has requests 2 to 5 of 4");
+  EXPECT_EQ(message({{0, 32, 0, 4}, {48, 64, 0, 2}}),
+            "attention plan: groups[1] has KV tokens 48 to 64; must begin where its parent ends, at 32");
+  EXPECT_EQ(message({{0, 32, 0, 3}, {32, 64, 2, 4}}),
+            "attention plan: groups[1] with requests 2 to 4 is not in depth-first order");
+  EXPECT_EQ(
+      message({{0, 101, 0, 2}}),
+      "attention plan: request 0 shares 101 tokens in groups[0]; its rows begin at token 100 and must come "
+      "after them");
 }
 
 TEST(AttentionPlan, RefusesWhatDoesNotFit) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -31,16 +32,33 @@ class Shape:
     num_workers: int = 2
 
 
-def arguments_for(generator: torch.Generator, query_lens: list[int], seq_lens: list[int], shape: Shape) -> Arguments:
-    """Random queries and cached tokens; blocks lie anywhere in the cache, three of them belong to nobody."""
+Groups = list[tuple[int, int, int, int]]  # kv_begin, kv_end, request_begin, request_end; see prefix_groups
+
+
+def arguments_for(
+    generator: torch.Generator, query_lens: list[int], seq_lens: list[int], shape: Shape, groups: Groups | None = None
+) -> Arguments:
+    """Random queries and cached tokens; blocks lie anywhere in the cache, three of them belong to nobody.
+
+    Readers of a group have its tokens in the same blocks.
+    """
     size = shape.block_size
     blocks_of = [-(-length // size) for length in seq_lens]
-    order = torch.randperm(sum(blocks_of) + 3, generator=generator).tolist()
+    shared = {
+        (reader, index): begin
+        for kv_begin, kv_end, begin, end in groups or []
+        for reader in range(begin + 1, end)
+        for index in range(kv_begin // size, kv_end // size)
+    }
+    order = torch.randperm(sum(blocks_of) - len(shared) + 3, generator=generator).tolist()
     tables = torch.full((len(seq_lens), max([1, *blocks_of])), -1, dtype=torch.int32)
     keys = torch.full((len(order), shape.kv_heads, size, shape.dim), float("nan"))
     values = keys.clone()
     for request, length in enumerate(seq_lens):
         for index in range(blocks_of[request]):
+            if (request, index) in shared:
+                tables[request, index] = tables[shared[request, index], index]
+                continue
             block = order.pop()
             tables[request, index] = block
             used = min(size, length - index * size)
@@ -52,11 +70,18 @@ def arguments_for(generator: torch.Generator, query_lens: list[int], seq_lens: l
         "q": q,
         "kv_cache": cache_from(keys.to(shape.dtype), values.to(shape.dtype), shape.dtype),
         "block_tables": tables,
-        **planned(query_start, seq_lens, shape),
+        **planned(query_start, seq_lens, shape, groups=groups),
     }
 
 
-def planned(query_start: list[int], seq_lens: list[int], shape: Shape, rows_per_item: int = 48) -> Arguments:
+def planned(
+    query_start: list[int],
+    seq_lens: list[int],
+    shape: Shape,
+    rows_per_item: int = 48,
+    rows_per_shared_item: int = 384,
+    groups: Groups | None = None,
+) -> Arguments:
     """The arguments that follow from the plan, and outputs for it."""
     plan = AttentionPlan(
         query_start,
@@ -68,6 +93,9 @@ def planned(query_start: list[int], seq_lens: list[int], shape: Shape, rows_per_
         window=shape.window,
         num_workers=shape.num_workers,
         rows_per_item=rows_per_item,
+        rows_per_shared_item=rows_per_shared_item,
+        tokens_per_partial=0,
+        groups=groups,
     )
     return {
         "out": empty(query_start[-1], shape.heads, shape.dim),
@@ -81,16 +109,16 @@ def planned(query_start: list[int], seq_lens: list[int], shape: Shape, rows_per_
     }
 
 
-def reference(inputs: Mapping[str, Any]) -> dict[str, Expected]:
-    """Every item says which request and positions its rows are; what they see follows from that alone."""
+def reference(query_lens: list[int], seq_lens: list[int], inputs: Mapping[str, Any]) -> dict[str, Expected]:
+    """Each request on its own, whatever the plan says."""
     q = inputs["q"].double()
     _, heads, dim = q.shape
     keys, values = (part.double() for part in keys_and_values(inputs["kv_cache"]))
     exact = torch.full(q.shape, float("nan"), dtype=torch.float64)
     magnitude = torch.zeros_like(exact)
     group = heads // keys.shape[1]
-    for row_begin, num_rows, _, _, position, request, *_ in inputs["items"].tolist():
-        length = position + num_rows
+    row_begin = 0
+    for request, (num_rows, length) in enumerate(zip(query_lens, seq_lens, strict=True)):
         blocks = inputs["block_tables"][request, : -(-length // keys.shape[2])].long()
         # [heads, length, dim]
         k, v = (
@@ -98,8 +126,11 @@ def reference(inputs: Mapping[str, Any]) -> dict[str, Expected]:
             for part in (keys, values)
         )
         rows = slice(row_begin, row_begin + num_rows)
+        row_begin += num_rows
+        if num_rows == 0:
+            continue
         x = q[rows].transpose(0, 1) * inputs["scale"]
-        key, last = torch.arange(length), torch.arange(position, length)[:, None]
+        key, last = torch.arange(length), torch.arange(length - num_rows, length)[:, None]
         hidden = key > last
         if inputs["window"]:
             hidden |= key <= last - inputs["window"]
@@ -111,9 +142,11 @@ def reference(inputs: Mapping[str, Any]) -> dict[str, Expected]:
     return {"out": Expected(exact, magnitude)}
 
 
-def case(query_lens: list[int], seq_lens: list[int], shape: Shape, strided: bool = False) -> OpCase:
+def case(
+    query_lens: list[int], seq_lens: list[int], shape: Shape, strided: bool = False, groups: Groups | None = None
+) -> OpCase:
     def make(generator: torch.Generator) -> Arguments:
-        arguments = arguments_for(generator, query_lens, seq_lens, shape)
+        arguments = arguments_for(generator, query_lens, seq_lens, shape, groups)
         if strided:
             arguments.update({name: widen_rows(arguments[name]) for name in ("q", "out")})
         return arguments
@@ -124,9 +157,10 @@ def case(query_lens: list[int], seq_lens: list[int], shape: Shape, strided: bool
         str(shape.dtype).removeprefix("torch."),
     ]
     parts += [f"window{shape.window}"] * (shape.window > 0) + ["strided"] * strided
+    parts += ["shared" + "_".join(f"{end}x{last - first}" for _, end, first, last in groups)] if groups else []
     # A row's weights, their sum and its output are chains of up to max(seq_lens) terms, scores of dim.
     length = shape.dim + max(seq_lens, default=0) + 16
-    return OpCase("attention", "-".join(parts), make, reference, length)
+    return OpCase("attention", "-".join(parts), make, partial(reference, query_lens, seq_lens), length)
 
 
 CASES = [
@@ -162,6 +196,24 @@ CASES = [
 # Several requests whose rows are all split among items: no tensor of the call has fewer than two rows.
 CASES += [case([5, 3], [300, 290], Shape(span=64, num_workers=8))]
 CASES += [case([9, 1], [50, 60], Shape(dtype=dtype), strided=True) for dtype in (torch.float32, torch.bfloat16)]
+
+
+# Prefixes that requests share: one level of many decodes; two levels that end inside a span, with a chunk among the
+# readers; three levels; a window that all readers' tokens fit in, and one that hides the prefix from some.
+ONE_LEVEL: Groups = [(0, 192, 0, 20)]
+TWO_LEVELS: Groups = [(0, 160, 0, 7), (160, 320, 0, 3), (160, 256, 3, 7)]
+THREE_LEVELS: Groups = [(0, 64, 0, 8), (64, 192, 0, 5), (192, 256, 0, 3), (64, 128, 5, 8)]
+CASES += [
+    case(query_lens, seq_lens, Shape(heads, kv_heads, 64, 32, 64, window, dtype, workers), groups=groups)
+    for dtype in (torch.float32, torch.bfloat16)
+    for query_lens, seq_lens, heads, kv_heads, window, workers, groups in [
+        ([1] * 20, [*range(193, 213)], 9, 3, 0, 1, ONE_LEVEL),
+        ([1, 30, 1, 1, 1, 0, 2], [330, 360, 321, 257, 300, 270, 280], 4, 2, 0, 2, TWO_LEVELS),
+        ([1] * 5 + [20, 1, 3], [257, 258, 300, 193, 220, 180, 129, 140], 4, 2, 0, 16, THREE_LEVELS),
+        ([1] * 20, [*range(193, 213)], 4, 1, 212, 2, ONE_LEVEL),
+        ([1] * 20, [*range(193, 213)], 4, 1, 200, 2, ONE_LEVEL),
+    ]
+]
 
 
 def bad(id: str, change: Callable[[Arguments], None], message: str) -> BadCase:
