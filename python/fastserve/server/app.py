@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
@@ -187,14 +187,14 @@ def _add_operation(app: FastAPI, service: Service) -> None:
         return Response(status_code=200)
 
     for path in ("/health", "/ping"):
-        app.add_api_route(path, health, methods=["GET"])
-    app.add_api_route("/ping", health, methods=["POST"])
+        app.add_api_route(path, health, methods=["GET"], response_class=Response)
+    app.add_api_route("/ping", health, methods=["POST"], response_class=Response)
 
     @app.get("/version", response_model=Version)
     async def version() -> Any:
         return JSONResponse({"version": fastserve.__version__})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text."""
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
