@@ -202,7 +202,7 @@ def test_lies_about_sizes(key: str, value: Any) -> None:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
         ({"torch_dtype": "int8"}, "torch_dtype must be one of float32"),
         ({"dtype": ["float32"]}, "dtype must be one of float32"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method must be one of gptq, awq"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         ({"sliding_window": 128}, "sliding_window must be null for LlamaForCausalLM"),
         ({"layer_types": ["sliding_attention"] * 30}, "layer_types must be full_attention"),

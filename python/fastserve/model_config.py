@@ -15,6 +15,7 @@ from typing import Any
 
 from fastserve.errors import ModelLoadError
 from fastserve.json_file import Fields, read_json_object
+from fastserve.weights.quantization_config import QuantizationConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -98,6 +99,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # generation_config.json's where it names any, else config.json's
     generation: GenerationDefaults
+    quantization: QuantizationConfig | None  # None: no weight is int4
 
     @property
     def sliding_window(self) -> int | None:
@@ -166,6 +168,7 @@ class ModelConfig:
                 repetition_penalty=more.optional_number("repetition_penalty", 1e-3, 1e3),
                 max_new_tokens=more.optional_integer("max_new_tokens", 1, MAX_POSITIONS),
             ),
+            quantization=QuantizationConfig.from_fields(fields),
         )
 
 
@@ -178,8 +181,6 @@ def _architecture(fields: Fields) -> str:
 
 def _refuse_unsupported(fields: Fields, architecture: str) -> None:
     """Raise for everything in the file that would change the arithmetic and is not computed here."""
-    if fields.has("quantization_config"):
-        raise fields.error("quantization_config", "absent (quantised checkpoints cannot be read)")
     fields.choice("hidden_act", ("silu", "swish"))  # two names of one function; absent means silu
     if fields.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
         raise fields.error("partial_rotary_factor", "1 (the whole head is rotated)")

@@ -17,6 +17,8 @@ from fastserve.errors import ModelLoadError
 from fastserve.layers import Linear, RMSNorm, make_linear, num_bytes
 from fastserve.model_config import ModelConfig
 from fastserve.rope import cos_sin_table
+from fastserve.weights.quantization_config import QuantizationConfig
+from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint
 from fastserve.weights.safetensors import Checkpoint
 
 # Buffers that older checkpoints carry and that are computed here.
@@ -43,7 +45,7 @@ class Model:
         """
         self.config = config
         self.ops = device.ops
-        weights = _Weights(checkpoint, device, dtype)
+        weights = _Weights(checkpoint, config.quantization, device, dtype)
         width, head = config.hidden_size, config.head_dim
         embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
         self.embedding = device.upload(embedding)
@@ -57,7 +59,7 @@ class Model:
             weights.drop("lm_head.weight")
             self.lm_head = make_linear(device, embedding)
         else:
-            self.lm_head = make_linear(device, weights.take("lm_head.weight", (config.vocab_size, width)))
+            self.lm_head = weights.linear([("lm_head", config.vocab_size)], width, bias=False)
         weights.check_all_taken()
         self.cos_sin = device.upload(cos_sin_table(config.rope, head, max_model_len))
 
@@ -151,8 +153,11 @@ class _Layer:
 class _Weights:
     """Takes tensors out of a checkpoint one by one, so that what is left over can be named."""
 
-    def __init__(self, checkpoint: Checkpoint, device: Device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, quantization: QuantizationConfig | None, device: Device, dtype: torch.dtype
+    ) -> None:
         self.checkpoint = checkpoint
+        self.quantized = None if quantization is None else QuantizedCheckpoint(checkpoint, quantization)
         self.device = device
         self.dtype = dtype
         self.left = {name for name in checkpoint.names() if not name.endswith(IGNORED_SUFFIXES)}
@@ -172,9 +177,17 @@ class _Weights:
 
     def linear(self, parts: list[tuple[str, int]], in_features: int, bias: bool) -> Linear:
         """Projections of the same input as one Linear, their outputs side by side in the order given."""
-        weights = [self.take(f"{name}.weight", (rows, in_features)) for name, rows in parts]
+        weights = [self._matrix(name, rows, in_features) for name, rows in parts]
         biases = [self.take(f"{name}.bias", (rows,)) for name, rows in parts] if bias else []
         return make_linear(self.device, torch.cat(weights), torch.cat(biases) if bias else None)
+
+    def _matrix(self, name: str, rows: int, in_features: int) -> torch.Tensor:
+        """The weight [rows, in_features] of a linear; an int4 one is dequantised."""
+        if self.quantized is None or not self.quantized.holds(name):
+            return self.take(f"{name}.weight", (rows, in_features))
+        weight = self.quantized.read(name, rows, in_features)
+        self.left -= set(self.quantized.tensor_names(name))
+        return weight.dequantize().to(self.dtype)
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
         return RMSNorm(self.device, self.take(name, (width,)), eps)
