@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastserve.async_llm import AsyncLLM
-    from fastserve.config import EngineConfig, RequestOutputKind, SamplingParams
+    from fastserve.config import EngineConfig, RequestOutputKind, SamplingParams, StructuredOutputs
     from fastserve.errors import EngineDead, FastserveError, InvalidRequest, ModelLoadError, QueueFull
     from fastserve.llm import LLM
     from fastserve.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -21,6 +21,7 @@ _HOMES = {
     "EngineConfig": "config",
     "RequestOutputKind": "config",
     "SamplingParams": "config",
+    "StructuredOutputs": "config",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "RequestMetrics": "outputs",
@@ -47,6 +48,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputs",
     "__version__",
 ]
 

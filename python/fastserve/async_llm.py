@@ -69,8 +69,10 @@ class AsyncLLM:
         InvalidRequest, QueueFull or EngineDead.
         """
         params = sampling_params or self._loaded.default_sampling_params()
-        # Tokenising a long text takes a while and needs no lock: not on the event loop.
+        # Tokenising a long text or compiling a grammar takes a while and needs no lock: not on the event loop.
         ready = await asyncio.to_thread(self._loaded.prompt, prompt)
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(self._loaded.check_structure, params)
         stream = _Stream(request_id or f"async-{next(self._ids)}", asyncio.get_running_loop())
 
         def add() -> None:

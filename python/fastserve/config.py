@@ -2,6 +2,7 @@
 """What a user can set, with every default and every bound. Values are checked once, here, and trusted from
 then on."""
 
+import json
 import math
 import numbers
 import re
@@ -87,6 +88,69 @@ def _bounded(name: str, values: Iterable[Any], limit: int) -> Iterable[tuple[int
         yield i, value
 
 
+MAX_GRAMMAR_CHARS = 64 * 1024
+MAX_SCHEMA_DEPTH = 32
+MAX_CHOICES = 256
+
+
+@dataclass(frozen=True)
+class StructuredOutputs:
+    """What the output must match: exactly one of these. Names are vLLM's. Hashable: a schema is kept as its text."""
+
+    json: str | Mapping[str, Any] | bool | None = None  # a JSON schema
+    regex: str | None = None  # the whole output
+    choice: Iterable[str] | None = None  # the output is one of these
+    grammar: str | None = None  # in llguidance's Lark dialect
+    json_object: bool | None = None  # any JSON object
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        given += ["json_object"] if self.json_object else []
+        if len(given) != 1:
+            raise InvalidRequest(
+                "structured outputs need exactly one of json, regex, choice, grammar and json_object; "
+                f"given: {', '.join(given) or 'none'}"
+            )
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            choices = list(self.choice) if isinstance(self.choice, Iterable) else []
+            if (
+                isinstance(self.choice, str)
+                or not 1 <= len(choices) <= MAX_CHOICES
+                or not all(isinstance(one, str) and one for one in choices)
+            ):
+                raise _reject("choice", self.choice, f"a list of 1 to {MAX_CHOICES} strings that are not empty")
+            object.__setattr__(self, "choice", tuple(choices))
+        for name in ("json", "regex", "grammar"):
+            text = getattr(self, name)
+            if text is not None and (not isinstance(text, str) or not 1 <= len(text) <= MAX_GRAMMAR_CHARS):
+                raise _reject(name, text, f"a text of 1 to {MAX_GRAMMAR_CHARS} characters")
+        if self.choice is not None and sum(map(len, self.choice)) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequest(f"the choices have more than {MAX_GRAMMAR_CHARS} characters together")
+
+
+def _schema_text(schema: Any) -> str:
+    """A JSON schema in one spelling; raises InvalidRequest unless it is one, not too large and not too deep."""
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(schema, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        raise InvalidRequest("the JSON schema is not valid JSON, or nested too deeply") from None
+    if not isinstance(schema, (Mapping, bool)):
+        raise InvalidRequest("a JSON schema is an object, or true or false")
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(f"the JSON schema has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are allowed")
+    level, depth = [schema], 0
+    while level:
+        depth += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise InvalidRequest(f"the JSON schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+        inner = [list(one.values()) if isinstance(one, Mapping) else one for one in level if not isinstance(one, str)]
+        level = [value for one in inner if isinstance(one, list) for value in one]
+    return text
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when they end. Names and defaults are vLLM's.
@@ -120,6 +184,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: Mapping[int, float] | None = None  # token id -> value in [-100, 100] added to its logit
     allowed_token_ids: Iterable[int] | None = None  # None = all
+    structured_outputs: StructuredOutputs | None = None  # what the output must match
 
     def __post_init__(self) -> None:
         put = self._put
@@ -155,6 +220,14 @@ class SamplingParams:
             kinds = ", ".join(f"{kind.name} ({kind.value})" for kind in RequestOutputKind)
             raise _reject("output_kind", self.output_kind, f"one of {kinds}") from None
         self._check_lists()
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputs):
+                raise _reject("structured_outputs", self.structured_outputs, "a StructuredOutputs or None")
+            if self.ignore_eos or self.min_tokens or self.allowed_token_ids is not None:
+                raise InvalidRequest(
+                    "structured_outputs decide which tokens may come and when the output ends: ignore_eos, min_tokens "
+                    "and allowed_token_ids are not allowed together with them"
+                )
 
     def _check_lists(self) -> None:
         put = self._put

@@ -212,6 +212,7 @@ class LLM:
         params = [replace(one, output_kind=RequestOutputKind.FINAL_ONLY) for one in params]
         for prompt, one in zip(prompts, params, strict=True):
             engine.check_request(prompt.token_ids, one)
+            self.loaded.check_structure(one)
         num_added = 0
         open_ids: dict[str, int] = {}  # of the requests that have not finished: their place
         outputs: list[RequestOutput | None] = [None] * len(prompts)

@@ -13,9 +13,10 @@ from typing import Any
 from fastserve.config import EngineConfig, SamplingParams
 from fastserve.engine.engine import Engine
 from fastserve.engine.runner import ModelRunner
-from fastserve.errors import FastserveError
+from fastserve.errors import FastserveError, InvalidRequest
 from fastserve.inputs import Prompt, as_prompt
 from fastserve.model_config import ModelConfig
+from fastserve.structured import GrammarCompiler
 from fastserve.tokenizer import Tokenizer
 
 
@@ -28,6 +29,14 @@ class LoadedEngine:
     config: EngineConfig
     model_config: ModelConfig
     tokenizer: Tokenizer | None
+    grammars: GrammarCompiler | None = None
+
+    def check_structure(self, params: SamplingParams) -> None:
+        """Compiles what the output must match, which may take a while. Raises InvalidRequest if it cannot be."""
+        if params.structured_outputs is not None:
+            if self.grammars is None:
+                raise InvalidRequest("structured outputs need a tokenizer; this engine has none")
+            self.grammars.check(params.structured_outputs)
 
     def prompt(self, given: Any, *, add_special_tokens: bool = True) -> Prompt:
         return as_prompt(given, self.tokenizer, self.model_config.vocab_size, add_special_tokens=add_special_tokens)
@@ -59,4 +68,8 @@ def load_engine(
     runner = ModelRunner(model, config, progress)
     text_tokenizer = None if skip_tokenizer_init else Tokenizer.from_dir(tokenizer or model)
     engine = Engine(config, runner, time.monotonic, text_tokenizer)
-    return LoadedEngine(engine, runner, config, runner.model_config, text_tokenizer)
+    grammars = None
+    if text_tokenizer is not None:
+        grammars = GrammarCompiler(text_tokenizer, runner.vocab_size, runner.eos_token_ids)
+        runner.sampler.grammars = grammars
+    return LoadedEngine(engine, runner, config, runner.model_config, text_tokenizer, grammars)

@@ -12,8 +12,10 @@ import torch
 
 from fastserve.config import SamplingParams
 from fastserve.engine.device import Device
+from fastserve.errors import FastserveError
 from fastserve.outputs import SampledToken
 from fastserve.request import Request
+from fastserve.structured import GrammarCompiler, Matcher
 
 _MAX_TOP_ENTRIES = 1 << 20  # of one call of the logprobs op: bounds its outputs to 8 MB
 
@@ -68,6 +70,18 @@ class _RequestState:
     request: Request
     seen: _SeenTokens | None  # if it has penalties
     allowed: torch.Tensor | None  # its mask, [ceil(V / 32)] int32, if not all tokens are allowed
+    matcher: Matcher | None = None  # if its output has a structure: gives the mask of each step
+
+    def mask(self) -> torch.Tensor | None:
+        """What is allowed now. A structure that cannot be followed any more allows nothing: the request ends alone."""
+        if self.matcher is None:
+            return self.allowed
+        request = self.request
+        try:
+            return torch.from_numpy(self.matcher.mask(request.token_ids[request.num_prompt_tokens :]))
+        except FastserveError:
+            assert self.allowed is not None
+            return self.allowed
 
 
 @dataclass(slots=True)
@@ -79,6 +93,7 @@ class _Batch:
     arguments: dict[str, torch.Tensor] = field(default_factory=dict)
     random: bool = False  # some row draws
     penalised: bool = False
+    structured: bool = False  # some row's output has a structure
     min_tokens: list[int] = field(default_factory=list)  # rows with params.min_tokens
     banned: list[int] | None = None  # of those, the rows that may not end yet; None: not known
     logprobs: list[int] = field(default_factory=list)  # rows that ask for logprobs
@@ -101,6 +116,7 @@ class Sampler:
         self._device = device
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
+        self.grammars: GrammarCompiler | None = None  # for requests with structured_outputs
         self._states: dict[str, _RequestState] = {}
         self._batch = _Batch()
         self._token_ids = device.empty((max_num_rows,), torch.int32)
@@ -117,6 +133,8 @@ class Sampler:
             arguments["positions"] = self._upload([len(row.token_ids) for row in rows], torch.int32)
         if batch.penalised:
             self._list_seen_tokens(batch)
+        if batch.structured:
+            self._list_masks(batch)
         if batch.min_tokens:
             banned = [i for i in batch.min_tokens if rows[i].must_go_on]
             if banned != batch.banned:
@@ -147,6 +165,7 @@ class Sampler:
         batch = _Batch(rows, [self._state_of(row) for row in rows])
         batch.random = any(not p.greedy for p in params)
         batch.penalised = any(state is not None and state.seen is not None for state in batch.states)
+        batch.structured = any(state is not None and state.matcher is not None for state in batch.states)
         batch.min_tokens = [i for i, p in enumerate(params) if p.min_tokens > 0]
         batch.logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
 
@@ -166,19 +185,26 @@ class Sampler:
             put("repetition_penalty", [p.repetition_penalty for p in params], torch.float32)
             put("frequency_penalty", [p.frequency_penalty for p in params], torch.float32)
             put("presence_penalty", [p.presence_penalty for p in params], torch.float32)
-        self._list_masks(batch)
+        if not batch.structured:  # else they are listed in every step
+            self._list_masks(batch)
         self._list_bias(batch, [])
         batch.banned = None
         return batch
 
     def _state_of(self, request: Request) -> _RequestState | None:
         params = request.params
-        if params.allowed_token_ids is None and not _is_penalised(params):
+        structured = params.structured_outputs
+        if params.allowed_token_ids is None and structured is None and not _is_penalised(params):
             return None
         state = self._states.get(request.request_id)
         if state is None or state.request is not request:
             seen = _SeenTokens() if _is_penalised(params) else None
             state = _RequestState(request, seen, self._mask_of(params))
+            if structured is not None:
+                if self.grammars is None:
+                    raise FastserveError("structured outputs need a tokenizer; this engine has none")
+                state.matcher = self.grammars.matcher(structured)
+                state.allowed = torch.zeros((self._vocab_size + 31) // 32, dtype=torch.int32)
             self._states[request.request_id] = state
         return state
 
@@ -194,9 +220,10 @@ class Sampler:
         masks: list[torch.Tensor] = []
         mask_rows = [-1] * len(batch.rows)
         for i, state in enumerate(batch.states):
-            if state is not None and state.allowed is not None:
+            mask = None if state is None else state.mask()
+            if mask is not None:
                 mask_rows[i] = len(masks)
-                masks.append(state.allowed)
+                masks.append(mask)
         if masks:
             batch.arguments["allowed"] = self._device.upload(torch.stack(masks))
             batch.arguments["allowed_rows"] = self._upload(mask_rows, torch.int32)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fastserve.config import RequestOutputKind, SamplingParams
+from fastserve.config import RequestOutputKind, SamplingParams, StructuredOutputs
 from fastserve.errors import InvalidRequest
 
 MAX_PROMPTS = 256  # of one completions request
@@ -76,6 +76,30 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None  # the usage so far in every chunk
 
 
+class JsonSchemaFormat(Body):
+    name: str = Field(max_length=256)
+    description: str | None = Field(None, max_length=4096)
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputsField(Body):
+    """vLLM's way to say what the output must match; exactly one."""
+
+    json_: dict[str, Any] | str | bool | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class GenerationRequest(Body):
     """What both kinds of request have. None = the model's own default, as `SamplingParams` has it."""
 
@@ -106,6 +130,8 @@ class GenerationRequest(Body):
     request_id: str | None = Field(None, min_length=1, max_length=128, pattern="^[A-Za-z0-9_.:-]+$")
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsField | None = None
     # Accepted because clients send them; they have no effect on what is generated.
     user: str | None = Field(None, max_length=1024)
     metadata: dict[str, str] | None = None
@@ -124,11 +150,35 @@ class GenerationRequest(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed together with stream=true")
 
+    def structure(self) -> StructuredOutputs | None:
+        """What the output must match; None = nothing. Raises InvalidRequest."""
+        wanted, other = self.structured_outputs, self.response_format
+        if other is not None and other.type != "json_schema" and other.json_schema is not None:
+            raise InvalidRequest("response_format.json_schema is only allowed with type json_schema")
+        if wanted is not None:
+            if other is not None and other.type != "text":
+                raise InvalidRequest("response_format and structured_outputs are not allowed together")
+            return StructuredOutputs(
+                json=wanted.json_,
+                regex=wanted.regex,
+                choice=wanted.choice,
+                grammar=wanted.grammar,
+                json_object=wanted.json_object,
+            )
+        if other is None or other.type == "text":
+            return None
+        if other.type == "json_object":
+            return StructuredOutputs(json_object=True)
+        if other.json_schema is None or other.json_schema.schema_ is None:
+            raise InvalidRequest("response_format of type json_schema needs json_schema.schema")
+        return StructuredOutputs(json=other.json_schema.schema_)
+
     def _params(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
         self._check_stream_options()
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
-        return replace(defaults, **{**given, **more}, output_kind=kind)
+        given |= {"structured_outputs": self.structure(), "output_kind": kind, **more}
+        return replace(defaults, **given)
 
 
 _SAMPLING_FIELDS = (

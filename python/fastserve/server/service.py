@@ -25,6 +25,8 @@ from fastserve.tokenizer import Tokenizer
 
 log = logging.getLogger("fastserve.server")
 
+MAX_COMPILE_S = 10.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -112,12 +114,24 @@ class Service:
             return [self.llm.loaded.prompt(one, add_special_tokens=special) for one in given]
 
         prompts = await asyncio.to_thread(tokenise)
+        await self._compile(params)
         return self._checked(Job(request, prompts, params, arrival_s))
 
     async def chat_job(self, request: ChatCompletionRequest, arrival_s: float) -> Job:
         params = request.sampling_params(self.llm.loaded.default_sampling_params())
         prompt = await asyncio.to_thread(self.chat_prompt, request, request.add_special_tokens)
+        await self._compile(params)
         return self._checked(Job(request, [prompt], params, arrival_s))
+
+    async def _compile(self, params: SamplingParams) -> None:
+        """Compiles what the output must match, off the event loop and for a bounded time."""
+        if params.structured_outputs is None:
+            return
+        compiling = asyncio.to_thread(self.llm.loaded.check_structure, params)
+        try:
+            await asyncio.wait_for(compiling, MAX_COMPILE_S)
+        except asyncio.TimeoutError:
+            raise InvalidRequest(f"the structure took longer than {MAX_COMPILE_S:g} s to compile") from None
 
     def chat_prompt(self, request: ChatCompletionRequest | TokenizeRequest, add_special_tokens: bool) -> Prompt:
         """Renders and tokenises a conversation; takes a while, so not on the event loop."""
