@@ -160,6 +160,7 @@ def test_sharing_reads_each_prefix_once() -> None:
     shared = AttentionPlan(list(range(65)), lengths, **options(span=256), groups=groups)
     unshared = AttentionPlan(list(range(65)), lengths, **options(span=256))
     assert (shared.num_tokens_read, unshared.num_tokens_read) == (1024 + 64 * 64, 64 * 1088)
+    assert (shared.num_tokens_spared, unshared.num_tokens_spared) == (63 * 1024, 0)
     assert shared.num_shared_items > 0
     assert unshared.num_shared_items == 0
 

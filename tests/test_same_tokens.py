@@ -144,6 +144,33 @@ def test_with_any_chunk_size(subject: Subject, chunk: int) -> None:
     assert results == subject.alone
 
 
+def test_with_prefixes_that_attention_reads_once(subject: Subject) -> None:
+    """Readers of one document, half of them of one page more: two levels, shared by decodes and chunks."""
+    loaded, span = subject.llm.loaded, subject.llm.loaded.runner.batches.span
+    text = [token for prompt in subject.prompts for token in prompt] * 2
+    prompts = [text[: span + 70] + text[40 : 40 + span] * (i % 2) + text[i : i + 3 + 5 * i] for i in range(8)]
+
+    def run(numbers: range, **config: Any) -> dict[str, Result]:
+        engine_config = replace(loaded.config, **config)
+        engine = Engine(engine_config, loaded.runner, loaded.engine.clock, loaded.tokenizer)
+        for i in numbers:
+            params = replace(PARAMS[i % len(PARAMS)], max_tokens=NUM_OUTPUT_TOKENS - i % 5)
+            engine.add_request(str(i), prompts[i], params)
+        outputs: dict[str, Result] = {}
+        while engine.has_work:
+            outputs.update({output.request_id: result_of(output) for output in engine.step() if output.finished})
+        engine.scheduler.check()
+        return outputs
+
+    before = loaded.runner.num_kv_tokens_spared
+    alone = {key: result for i in (0, 3, 7) for key, result in run(range(i, i + 1)).items()}
+    assert loaded.runner.num_kv_tokens_spared == before
+    together = run(range(8), max_num_batched_tokens=64)
+    # For six steps at least all eight read one span together, and four of them another.
+    assert loaded.runner.num_kv_tokens_spared - before >= 6 * (7 + 3) * span
+    assert {key: together[key] for key in alone} == alone
+
+
 def test_with_a_warm_prefix_cache(subject: Subject) -> None:
     results, engine = subject.run(warm=True)
     assert engine.stats.num_cached_tokens >= 200

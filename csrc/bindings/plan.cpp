@@ -140,6 +140,9 @@ Raises ValueError naming what was given and what is allowed.)")
                              "Partial results that the workspace holds, each for one row and all heads.")
       .def_property_readonly("num_tokens_read", &AttentionPlan::num_tokens_read,
                              "KV tokens that the items of one KV head read.")
+      .def_property_readonly(
+          "num_tokens_spared", &AttentionPlan::num_tokens_spared,
+          "KV tokens that sharing spares one KV head: those of shared prefixes, for every reader but one.")
       .def_property_readonly("num_shared_items", &AttentionPlan::num_shared_items,
                              "Items that read KV for rows of several requests.")
       .def_property_readonly(

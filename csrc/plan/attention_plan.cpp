@@ -48,6 +48,11 @@ AttentionPlan::AttentionPlan(std::span<const int32_t> query_start, std::span<con
       total * options_.num_kv_heads / (kUnitsPerWorker * std::max(1, options_.num_workers)), 1);
   items_.reserve(tiles_.size() + shared.size() + 64);
   for (const PrefixGroup& node : shared) {
+    int64_t num_readers = 0;
+    for (int32_t b = node.request_begin; b < node.request_end; ++b) {
+      num_readers += first_tile[b] < first_tile[b + 1] ? 1 : 0;
+    }
+    num_tokens_spared_ += (num_readers - 1) * (node.kv_end - node.kv_begin);
     add_shared(node, first_tile[node.request_begin], first_tile[node.request_end], max_cost);
   }
   num_shared_items_ = static_cast<int32_t>(items_.size());

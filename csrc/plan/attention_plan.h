@@ -85,8 +85,10 @@ class AttentionPlan {
   int64_t workspace_floats(int64_t num_heads, int64_t head_dim) const {
     return num_slots_ * num_heads * (head_dim + 2);
   }
-  // KV tokens that one KV head's items read: what sharing makes less.
+  // KV tokens that one KV head's items read.
   int64_t num_tokens_read() const { return num_tokens_read_; }
+  // KV tokens that sharing spares one KV head: those of shared nodes, for every reader but one.
+  int64_t num_tokens_spared() const { return num_tokens_spared_; }
   int num_shared_items() const { return num_shared_items_; }
   const AttentionPlanOptions& options() const { return options_; }
 
@@ -118,6 +120,7 @@ class AttentionPlan {
   std::vector<int32_t> parts_;
   int64_t num_slots_ = 0;
   int64_t num_tokens_read_ = 0;
+  int64_t num_tokens_spared_ = 0;
   int num_shared_items_ = 0;
   std::vector<RowTile> tiles_;  // while the plan is made
   std::vector<Link> links_;

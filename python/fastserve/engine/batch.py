@@ -16,8 +16,8 @@ from fastserve.layers import Linear
 from fastserve.model_config import ModelConfig
 
 # Blocks of a span: attention over longer contexts is cut only at multiples of it, so that results do not depend on
-# how a step's work was shared out. 512 tokens with the default block size.
-ATTENTION_SPAN = 16
+# how a step's work was shared out, and prefixes are shared in whole spans. 256 tokens with the default block size.
+ATTENTION_SPAN = 8
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,21 @@ class AttentionWork:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step as tensors. Rows are the step's tokens, request after request, in the plan's order."""
+    """One step as tensors. Rows are the step's tokens, request after request.
+
+    Requests stand depth-first in the tree of the prefixes that they share, not in the plan's order: so the readers of
+    a prefix are neighbours, and attention reads it once for all of them. No result depends on the order of rows.
+    """
 
     token_ids: torch.Tensor  # int32 [T]
     positions: torch.Tensor  # int32 [T]
     slot_mapping: torch.Tensor  # int32 [T], block * block_size + offset of the token's key and value
     block_tables: torch.Tensor  # int32 [requests, longest table], -1 padded
     attention: dict[int, AttentionWork]  # by window, 0 = none
-    row_starts: tuple[int, ...]  # each request's first row
-    sample_rows: torch.Tensor  # int32, the last row of each request that samples
+    row_starts: tuple[int, ...]  # first row of each item of the plan, in the plan's order
+    sample_rows: torch.Tensor  # int32, the last row of each item that samples, in the plan's order
+    num_kv_tokens: int  # of all requests
+    num_kv_tokens_spared: int  # of these, tokens of shared prefixes that need no second read, by the least window
     graph_key: Hashable | None  # what a recording of this step depends on; None: it is not to be recorded
 
     @property
@@ -75,10 +81,18 @@ class BatchBuilder:
         query_start = np.zeros(num_requests + 1, np.int32)
         seq_lens = np.empty(num_requests, np.int32)
         row, size = 0, self.block_size
-        for index, item in enumerate(plan.items):
+        for table, item in zip(tables, plan.items, strict=True):
+            table[: len(item.request.block_ids)] = item.request.block_ids
+        # Shared is what a request only reads: whole blocks before its first row.
+        order, groups = _native.prefix_groups(tables, [item.start // size for item in plan.items], block_size=size)
+        if len(groups):
+            tables = tables[order]
+        row_starts = [0] * num_requests
+        for index, place in enumerate(order.tolist()):
+            item = plan.items[place]
             request, start, count = item.request, item.start, item.num_new_tokens
             end = start + count
-            tables[index, : len(request.block_ids)] = request.block_ids
+            row_starts[place] = row
             if count == 1:  # nearly every item of a decode-maximal step
                 token_ids[row] = request.token_ids[start]
                 positions[row] = start
@@ -92,9 +106,11 @@ class BatchBuilder:
             row += count
             query_start[index + 1] = row
             seq_lens[index] = end
-        sampling = [index + 1 for index, item in enumerate(plan.items) if item.sample]
-        plans = [self._plan_attention(window, query_start, seq_lens) for window in self.windows]
-        arrays = [token_ids, positions, slots, tables, query_start[sampling] - 1]
+        sampling = [
+            first + item.num_new_tokens - 1 for first, item in zip(row_starts, plan.items, strict=True) if item.sample
+        ]
+        plans = [self._plan_attention(window, query_start, seq_lens, groups) for window in self.windows]
+        arrays = [token_ids, positions, slots, tables, np.array(sampling, np.int32)]
         arrays += [array for work in plans for array in (work.items, work.merges, work.parts)]
         decodes_only = num_tokens == num_requests == len(sampling) <= self.max_decodes
         recorded = self.device.has_graphs and decodes_only
@@ -113,8 +129,10 @@ class BatchBuilder:
                 )
                 for window in self.windows
             },
-            row_starts=tuple(query_start.tolist()),
+            row_starts=tuple(row_starts),
             sample_rows=staged[4],
+            num_kv_tokens=int(seq_lens.sum()),
+            num_kv_tokens_spared=plans[0].num_tokens_spared,
             graph_key=self._graph_key(arrays) if recorded else None,
         )
 
@@ -122,7 +140,9 @@ class BatchBuilder:
         workspaces = tuple(workspace.data_ptr() for workspace in self.workspaces.values())
         return tuple(array.shape for array in arrays), workspaces, self.device.stage_generation
 
-    def _plan_attention(self, window: int, query_start: np.ndarray, seq_lens: np.ndarray) -> _native.AttentionPlan:
+    def _plan_attention(
+        self, window: int, query_start: np.ndarray, seq_lens: np.ndarray, groups: np.ndarray
+    ) -> _native.AttentionPlan:
         config = self.config
         plan = _native.AttentionPlan(
             query_start,
@@ -134,6 +154,8 @@ class BatchBuilder:
             window=window,
             num_workers=self.device.attention_workers,
             rows_per_item=self.device.rows_per_item,
+            rows_per_shared_item=self.device.rows_per_shared_item,
+            groups=groups,
         )
         needed = plan.workspace_floats(config.num_heads, config.head_dim)
         if self.workspaces[window].numel() < needed:

@@ -28,6 +28,7 @@ class Device(Protocol):
     ops: Any  # the ops of csrc/ops/ops.h for tensors of this device
     exact: bool  # our own `linear`, whose rows depend on nothing but themselves; False: torch multiplies
     rows_per_item: int  # packed query rows of an attention item
+    rows_per_shared_item: int  # the same for an item whose rows are of several requests
     has_graphs: bool  # `capture` works
 
     @property
@@ -78,6 +79,7 @@ class CpuDevice:
     name = "cpu"
     exact = True
     rows_per_item = 48
+    rows_per_shared_item = 384
     has_graphs = False
     stage_generation = 0
 
@@ -137,6 +139,7 @@ class CudaDevice:
 
     name = "cuda"
     rows_per_item = 64
+    rows_per_shared_item = 64
     has_graphs = True
 
     def __init__(self, exact: bool, index: int = 0) -> None:

@@ -68,6 +68,8 @@ class ModelRunner:
         shape = (self.memory_plan.num_blocks, 2, m.num_kv_heads, config.block_size, m.head_dim)
         self.kv_cache = [self.device.empty(shape, kv_dtype) for _ in range(m.num_layers)]
         self.batches = BatchBuilder(self.device, m, config.block_size, max_logit_rows)
+        self.num_kv_tokens = 0  # tokens of all requests of all steps so far: attention's work for one KV head
+        self.num_kv_tokens_spared = 0  # of these, read once for several requests: all readers but one
         self.graphs = StepGraphs(self.device)
         self.sampler = Sampler(self.device, m.vocab_size, max_logit_rows, self.eos_token_ids)
 
@@ -94,6 +96,8 @@ class ModelRunner:
         for request_id in plan.finished:
             self.sampler.forget(request_id)
         batch = self.batches.build(plan)
+        self.num_kv_tokens += batch.num_kv_tokens
+        self.num_kv_tokens_spared += batch.num_kv_tokens_spared
         views = self.buffers.rows(batch.num_rows)
         results: list[SampledToken | None] = [None] * len(plan.items)
         sampling = [index for index, item in enumerate(plan.items) if item.sample]
