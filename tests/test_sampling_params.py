@@ -38,6 +38,7 @@ def test_defaults_are_those_users_know():
         "output_kind": RequestOutputKind.CUMULATIVE,
         "logit_bias": None,
         "allowed_token_ids": None,
+        "structured_outputs": None,
     }
 
 
