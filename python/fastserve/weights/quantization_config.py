@@ -6,6 +6,7 @@ Read strictly: a field that would change the meaning of the bits and is not unde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +120,8 @@ def fastserve_config(group_size: int) -> dict[str, Any]:
     return {"quant_method": "fastserve", "bits": 4, "group_size": group_size}
 
 
-def compressed_tensors_config(group_size: int, symmetric: bool) -> dict[str, Any]:
-    """The same for weights without minimums, as other engines read it."""
+def compressed_tensors_config(group_size: int, symmetric: bool, not_int4: Sequence[str] = ()) -> dict[str, Any]:
+    """The same for weights without minimums, as other engines read it; `not_int4` names linears that stay dense."""
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -136,7 +137,7 @@ def compressed_tensors_config(group_size: int, symmetric: bool) -> dict[str, Any
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *not_int4],
     }
 
 
