@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 import fastserve
 from fastserve.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from fastserve.server.tool_calls import FORMATS, Call, ToolCallParser, required_calls
 from fastserve.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
@@ -155,7 +156,10 @@ class ChatChunk(BaseModel):
 class Answer:
     """What the parts of one answer have in common: id, time, model name, and how tokens are spelled."""
 
-    def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, request: GenerationRequest, model: str, tokenizer: Tokenizer | None, tool_format: str | None = None
+    ) -> None:
+        self._tool_format = tool_format
         kind = "chatcmpl" if isinstance(request, ChatCompletionRequest) else "cmpl"
         self.id = f"{kind}-{request.request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -239,17 +243,56 @@ class Answer:
             prompt_token_ids=ids,
         )
 
+    def tool_parser(self) -> ToolCallParser | None:
+        """A parser for the calls in one choice's text; None where the request allows none."""
+        request = self.request
+        if not isinstance(request, ChatCompletionRequest) or request.choice == "none" or not request.tools:
+            return None
+        if request.must_call:
+            return required_calls()
+        return FORMATS[self._tool_format]() if self._tool_format else None
+
+    def finish_reason(self, completion: CompletionOutput, num_calls: int) -> str | None:
+        called = num_calls > 0 and completion.finish_reason == "stop"
+        return "tool_calls" if called else completion.finish_reason
+
+    def tool_calls(self, calls: Sequence[Call], first: int = 0, *, indexed: bool = False) -> list[ToolCall]:
+        """Calls as the API has them, numbered from `first`. Without parallel_tool_calls only number 0 counts."""
+        one_only = getattr(self.request, "parallel_tool_calls", None) is False
+        return [
+            ToolCall(
+                index=number if indexed else None,
+                id=f"call_{uuid.uuid4().hex[:24]}",
+                type="function",
+                function=FunctionCall(name=call.name, arguments=call.arguments),
+            )
+            for number, call in enumerate(calls, first)
+            if number == 0 or not one_only
+        ]
+
+    def _message(self, text: str) -> ChatMessage:
+        parser = self.tool_parser()
+        if parser is None:
+            return ChatMessage(content=text)
+        events = [*parser.push(text), *parser.flush()]
+        calls = self.tool_calls([event for event in events if not isinstance(event, str)])
+        content = "".join(event for event in events if isinstance(event, str))
+        if calls:
+            return ChatMessage(content=content.strip() or None, tool_calls=calls)
+        return ChatMessage(content=content)
+
     def chat_choices(self, output: RequestOutput) -> list[ChatChoice]:
+        messages = [self._message(completion.text) for completion in output.outputs]
         return [
             ChatChoice(
                 index=completion.index,
-                message=ChatMessage(content=completion.text),
+                message=message,
                 logprobs=self.chat_logprobs(completion),
-                finish_reason=completion.finish_reason,
+                finish_reason=self.finish_reason(completion, len(message.tool_calls or [])),
                 stop_reason=completion.stop_reason,
                 token_ids=list(completion.token_ids) if self.request.return_token_ids else None,
             )
-            for completion in output.outputs
+            for completion, message in zip(output.outputs, messages, strict=True)
         ]
 
     def chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
@@ -334,9 +377,10 @@ def whole_answer(
     outputs: Sequence[RequestOutput],
     model: str,
     tokenizer: Tokenizer | None,
+    tool_format: str | None = None,
 ) -> Completion | ChatCompletion:
     """The answer to a request that is not streamed; `outputs` are the finished ones of its prompts, in order."""
-    answer = Answer(request, model, tokenizer)
+    answer = Answer(request, model, tokenizer, tool_format)
     if isinstance(request, ChatCompletionRequest):
         return answer.chat(answer.chat_choices(outputs[0]), outputs[0], usage_of(outputs))
     choices: list[CompletionChoice] = []

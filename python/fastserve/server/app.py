@@ -118,7 +118,8 @@ def _add_generation(app: FastAPI, service: Service, options: ServeOptions) -> No
         async for index, output in service.run(job):
             outputs[index] = output
         model = job.request.model or service.model_names[0]
-        answer = whole_answer(job.request, [outputs[i] for i in range(len(outputs))], model, service.tokenizer)
+        finished = [outputs[i] for i in range(len(outputs))]
+        answer = whole_answer(job.request, finished, model, service.tokenizer, service.tool_format)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/completions", response_model=Completion, responses=EVENTS)

@@ -7,17 +7,18 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 
-from fastserve.outputs import PositionLogprobs, RequestOutput
+from fastserve.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from fastserve.server.answers import Answer, ChatChunkChoice, ChatDelta, CompletionChoice, Usage, echoed, usage_of
 from fastserve.server.errors import as_api_error
 from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest
 from fastserve.server.service import Job, Service
+from fastserve.server.tool_calls import ToolCallParser
 from fastserve.server.wire import DONE, event
 
 
 async def stream_events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
     """All events of a job, an error among them, and [DONE]. Closing it aborts the job."""
-    answer = Answer(job.request, job.request.model or service.model_names[0], service.tokenizer)
+    answer = Answer(job.request, job.request.model or service.model_names[0], service.tokenizer, service.tool_format)
     writer = _ChatWriter(answer) if isinstance(job.request, ChatCompletionRequest) else _CompletionWriter(answer)
     count = _UsageCount()
     try:
@@ -97,28 +98,48 @@ class _ChatWriter:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._begun: set[int] = set()
+        self._parsers: dict[int, ToolCallParser | None] = {}  # of the choices that have begun
+        self._num_calls: dict[int, int] = {}
 
     def write(self, index: int, output: RequestOutput, usage: Usage | None) -> Iterator[bytes]:
         answer = self._answer
         for completion in output.outputs:
-            if completion.index not in self._begun:
-                self._begun.add(completion.index)
+            if completion.index not in self._parsers:
+                self._parsers[completion.index] = answer.tool_parser()
                 role = ChatDelta(role="assistant", content="")
                 yield event(answer.chunk([ChatChunkChoice(index=completion.index, delta=role)], usage))
             token_ids = list(completion.token_ids) if answer.request.return_token_ids else None
             logprobs = answer.chat_logprobs(completion)
-            if not (completion.text or completion.finish_reason or logprobs or token_ids or usage):
+            deltas = self._deltas(completion)
+            if not deltas and (completion.finish_reason or logprobs or token_ids or usage):
+                deltas = [ChatDelta(content="")]
+            choices = [ChatChunkChoice(index=completion.index, delta=delta) for delta in deltas]
+            if choices:
+                choices[0].logprobs, choices[0].token_ids = logprobs, token_ids
+                num_calls = self._num_calls.get(completion.index, 0)
+                choices[-1].finish_reason = answer.finish_reason(completion, num_calls)
+                choices[-1].stop_reason = completion.stop_reason
+            for choice in choices:
+                yield event(answer.chunk([choice], usage))
+
+    def _deltas(self, completion: CompletionOutput) -> list[ChatDelta]:
+        """The new text, or the text and the calls that a parser finds in it."""
+        parser = self._parsers[completion.index]
+        if parser is None:
+            return [ChatDelta(content=completion.text)] if completion.text else []
+        found = parser.push(completion.text)
+        if completion.finish_reason is not None:
+            found += parser.flush()
+        deltas = []
+        for one in found:
+            if isinstance(one, str):
+                deltas.append(ChatDelta(content=one))
                 continue
-            choice = ChatChunkChoice(
-                index=completion.index,
-                delta=ChatDelta(content=completion.text),
-                logprobs=logprobs,
-                finish_reason=completion.finish_reason,
-                stop_reason=completion.stop_reason,
-                token_ids=token_ids,
-            )
-            yield event(answer.chunk([choice], usage))
+            first = self._num_calls.get(completion.index, 0)
+            self._num_calls[completion.index] = first + 1
+            if calls := self._answer.tool_calls([one], first, indexed=True):
+                deltas.append(ChatDelta(tool_calls=calls))
+        return deltas
 
     def last(self, usage: Usage) -> bytes:
         return event(self._answer.chunk([], usage))

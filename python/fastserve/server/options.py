@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 PREFIX = "FASTSERVE_"
+TOOL_FORMATS = ("hermes", "llama3_json", "mistral")
 
 
 def _tokens(text: str) -> int:
@@ -36,6 +37,12 @@ def _port(text: str) -> int:
     if not 0 <= int(text) <= 65535:
         raise ValueError("must be 0 to 65535 (0 = any that is free)")
     return int(text)
+
+
+def _tool_format(text: str) -> str:
+    if text not in TOOL_FORMATS:
+        raise ValueError(f"must be one of {', '.join(TOOL_FORMATS)}")
+    return text
 
 
 def _seconds(text: str) -> float:
@@ -71,6 +78,9 @@ class ServeOptions:
     enable_vllm_metrics: bool = _option(False, _flag, "show every metric under the prefix vllm: as well")
     access_log: bool = _option(False, _flag, "log every HTTP request, not only finished generations")
     log_level: str = _option("info", str, "debug, info, warning or error")
+    tool_call_parser: str | None = _option(
+        None, _tool_format, "hermes, llama3_json or mistral (default: what the chat template shows)"
+    )
     tokenizer: str | None = _option(None, str, "folder of the tokenizer (default: the model's)")
 
     dtype: str | None = _option(None, str, "auto, float32, bfloat16 or float16", engine=True)

@@ -279,6 +279,27 @@ def _as_object(arguments: str) -> Any:
     return value if isinstance(value, dict) else arguments
 
 
+class FunctionTool(Body):
+    name: str = Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9_.-]+$")
+    description: str | None = Field(None, max_length=16384)
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(Body):
+    name: str = Field(max_length=64)
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
@@ -287,6 +308,9 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = None  # None = until the context is full
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # None = auto if there are tools
+    parallel_tool_calls: bool | None = None  # false: the first call only
     add_generation_prompt: bool = True
     add_special_tokens: bool = False  # the template has written them already
     chat_template_kwargs: dict[str, Any] | None = None
@@ -299,8 +323,50 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs is only allowed together with logprobs=true")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._params(defaults, max_tokens=limit, logprobs=logprobs)
+        more: dict[str, Any] = {"max_tokens": limit, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        if self.must_call:
+            if self.structure() is not None:
+                raise InvalidRequest("a tool_choice that demands a call is not allowed together with a response format")
+            more["structured_outputs"] = StructuredOutputs(json=self._call_schema())
+        return self._params(defaults, **more)
+
+    @property
+    def choice(self) -> str:
+        """What may be called: none, auto, required, named."""
+        if isinstance(self.tool_choice, NamedTool):
+            return "named"
+        return self.tool_choice or ("auto" if self.tools else "none")
+
+    @property
+    def must_call(self) -> bool:
+        return self.choice in ("required", "named")
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        if not self.tools or self.choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    def _call_schema(self) -> dict[str, Any]:
+        """The JSON of one call of an allowed tool. Raises InvalidRequest when there is no such tool."""
+        allowed = [tool.function for tool in self.tools or []]
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            allowed = [function for function in allowed if function.name == name]
+        if not allowed:
+            raise InvalidRequest("tool_choice demands a call, but tools has no such function")
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    "arguments": {"type": "object"} if function.parameters is None else function.parameters,
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for function in allowed
+        ]
+        return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 class TokenizeRequest(Body):

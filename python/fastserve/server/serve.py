@@ -45,7 +45,7 @@ def make_service(llm: AsyncLLM, model: str, options: ServeOptions) -> Service:
         return service.num_open
 
     metrics = Metrics(llm, names[0], num_open, options.enable_vllm_metrics)
-    service = Service(llm, names, metrics, max_step_s=options.max_step_seconds)
+    service = Service(llm, names, metrics, max_step_s=options.max_step_seconds, tool_format=options.tool_call_parser)
     return service
 
 

@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastserve.async_llm import AsyncLLM
@@ -21,6 +21,7 @@ from fastserve.outputs import RequestOutput
 from fastserve.server.errors import ApiError
 from fastserve.server.metrics import Metrics
 from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from fastserve.server.tool_calls import format_of_template
 from fastserve.tokenizer import Tokenizer
 
 log = logging.getLogger("fastserve.server")
@@ -41,8 +42,18 @@ class Job:
 class Service:
     """Runs requests of clients on an AsyncLLM. All methods are for the event loop's thread."""
 
-    def __init__(self, llm: AsyncLLM, model_names: list[str], metrics: Metrics, *, max_step_s: float) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        model_names: list[str],
+        metrics: Metrics,
+        *,
+        max_step_s: float = float("inf"),
+        tool_format: str | None = None,
+    ) -> None:
         self.llm = llm
+        # How this model writes calls of tools; None = not known.
+        self.tool_format = tool_format or format_of_template(self.tokenizer.chat_template)
         self.model_names = model_names
         self.metrics = metrics
         self.draining = False
@@ -119,6 +130,14 @@ class Service:
 
     async def chat_job(self, request: ChatCompletionRequest, arrival_s: float) -> Job:
         params = request.sampling_params(self.llm.loaded.default_sampling_params())
+        if request.tools and request.choice == "auto":
+            if self.tool_format is None:
+                raise InvalidRequest(
+                    "this model's chat template has no known format for tool calls; start the server with "
+                    "--tool-call-parser, or demand a call with tool_choice"
+                )
+            if self.tool_format == "mistral":  # its mark is a special token
+                params = replace(params, skip_special_tokens=False)
         prompt = await asyncio.to_thread(self.chat_prompt, request, request.add_special_tokens)
         await self._compile(params)
         return self._checked(Job(request, [prompt], params, arrival_s))
@@ -142,6 +161,7 @@ class Service:
             tokenizer.chat_template,
             [message.for_template() for message in request.messages or []],
             add_generation_prompt=request.add_generation_prompt,
+            tools=request.template_tools() if isinstance(request, ChatCompletionRequest) else None,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             **_checked_kwargs(request.chat_template_kwargs),
