@@ -37,7 +37,7 @@ EXAMPLES: list[tuple[str, str, list[Any]]] = [
         [Call("f", '{"a": "}</tool_call>\\"{"}')],
     ),
     ("llama3_json", '{"name": "sun", "parameters": {"city": "Oslo"}}', [SUN]),
-    ("llama3_json", ' {"name": "rain", "parameters": {}}; {"name": "rain"}', [" ", RAIN, RAIN]),
+    ("llama3_json", ' {"name": "rain", "parameters": {}}; {"name": "rain"}', [RAIN, RAIN]),
     ("llama3_json", 'Well, {"name": "rain"}', ['Well, {"name": "rain"}']),
     ("llama3_json", '{"answer": 1}', ['{"answer": 1}']),
     ("llama3_json", '{"name": "rain"} and more', [RAIN, " and more"]),
