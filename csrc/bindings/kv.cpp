@@ -194,7 +194,7 @@ one of the nodes has children outside the chain: undo the latest insert first.)"
 }  // namespace
 
 void bind_kv(py::module_& module) {
-  py::register_exception<OutOfBlocks>(module, "OutOfBlocks", PyExc_RuntimeError).doc() =
+  py::register_local_exception<OutOfBlocks>(module, "OutOfBlocks", PyExc_RuntimeError).doc() =
       "BlockPool.allocate() found no free block: evict cached blocks or preempt a request, then try again.";
   bind_block_pool(module);
   bind_prefix_tree(module);

@@ -13,7 +13,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels, block allocator and attention planner of fastserve.";
-  py::register_exception<fs::Error>(m, "NativeError", PyExc_ValueError);
+  py::register_local_exception<fs::Error>(m, "NativeError", PyExc_ValueError);
 
   m.def(
       "num_threads", [] { return fs::pool().num_threads(); },

@@ -208,7 +208,7 @@ void add_if_on_cuda(py::list* names) {
 
 PYBIND11_MODULE(_native_sim, m) {
   m.doc() = "The CUDA ops of fastserve on a simulated device.";
-  py::register_exception<Error>(m, "NativeError", PyExc_ValueError);
+  py::register_local_exception<Error>(m, "NativeError", PyExc_ValueError);
   m.def(
       "run",
       [](const std::string& name, const py::dict& arguments) {
