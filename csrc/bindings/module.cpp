@@ -50,4 +50,5 @@ PYBIND11_MODULE(_native, m) {
   fs::bind_cuda(m);
   fs::bind_plan(m);
   fs::bind_linear(m);
+  fs::bind_quantized(m);
 }

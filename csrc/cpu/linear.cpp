@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // out = x @ weight.T + bias over weights packed into panels of 32 output rows (layout/panel.h).
-//
-// The work is cut into blocks of tokens times ranges of panels, the same for any number of threads. A block's
-// activations stay in the L2 cache while all weights pass by once.
 #include <cstring>
 #include <type_traits>
 
 #include "core/thread_pool.h"
 #include "cpu/linear_tile.h"
+#include "cpu/panel_ranges.h"
 #include "cpu/weights.h"
 #include "ops/ops.h"
 
@@ -34,11 +32,7 @@ constexpr int vectors_of(int num_tokens) {
 }
 #endif
 
-constexpr int64_t kBlockBytes = 192 * 1024;  // activations of a block of tokens: they stay in L2
-constexpr int64_t kBlockDepth = 256;         // k between which several tiles share weights in L1
-constexpr int64_t kMaxRanges = 32;           // panel ranges per block of tokens
-constexpr int64_t kMinPanels = 2;            // of a range: the second is prefetched while the first computes
-constexpr int64_t kMinRangeWork = 1 << 15;   // multiply-adds below which a range is not worth handing out
+constexpr int64_t kBlockDepth = 256;  // k between which several tiles share weights in L1
 
 template <class W, class X>
 struct Product {
@@ -49,16 +43,6 @@ struct Product {
   int64_t x_stride;
   const float* bias;
   int64_t num_tokens, num_rows, depth;
-
-  struct Span {
-    int64_t begin, end;
-    int64_t size() const { return end - begin; }
-  };
-
-  // Part i of `count` parts of [0, total), equal give or take one.
-  static Span part(int64_t total, int64_t count, int64_t i) {
-    return {total * i / count, total * (i + 1) / count};
-  }
 
   // Weights that a tile asks for on its way.
   struct Later {
@@ -120,22 +104,9 @@ struct Product {
   }
 
   void run() const {
-    if (num_tokens == 0 || num_rows == 0) return;
-    const int64_t panels = num_panels(num_rows);
-    int64_t block = kBlockBytes / (depth * static_cast<int64_t>(sizeof(X)) + 1);
-    block = block < kMaxTokens ? kMaxTokens : block - block % kMaxTokens;
-    const int64_t num_blocks = (num_tokens + block - 1) / block;
-
-    const int64_t panel_work = kPanelRows * (depth + 1) * (num_tokens < block ? num_tokens : block);
-    int64_t per_range = (panels + kMaxRanges - 1) / kMaxRanges;
-    if (per_range < kMinPanels) per_range = kMinPanels;
-    if (per_range * panel_work < kMinRangeWork) per_range = kMinRangeWork / panel_work + 1;
-    const int64_t num_ranges = (panels + per_range - 1) / per_range;
-
-    pool().parallel_for(num_blocks * num_ranges, [&](int64_t chunk, int) {
-      multiply_range(part(panels, num_ranges, chunk % num_ranges),
-                     part(num_tokens, num_blocks, chunk / num_ranges));
-    });
+    for_panel_ranges(num_panels(num_rows), num_tokens, depth * static_cast<int64_t>(sizeof(X)),
+                     kPanelRows * depth, kMaxTokens,
+                     [&](Span panels, Span tokens) { multiply_range(panels, tokens); });
   }
 };
 

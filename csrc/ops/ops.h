@@ -73,6 +73,97 @@ struct Linear {
   }
 };
 
+// Weights of 4 bits: codes 0 to 15 in groups of group_size along K that share a scale, G = ceil(K /
+// group_size). group_size is a multiple of 32, or K or more: one group per row. With g = k / group_size, by
+// what is given:
+//   neither       weight[n, k] = scales[n, g] * (codes[n, k] - 8)
+//   zero_points   weight[n, k] = scales[n, g] * (codes[n, k] - zero_points[n, g]), zero points 0 to 16
+//   minimums      weight[n, k] = scales[n, g] * codes[n, k] + minimums[n, g]
+struct PackInt4 {
+  Tensor packed, codes, scales, zero_points, minimums;
+  int64_t group_size;
+  static constexpr OpInfo info{
+      "pack_int4",
+      "arrange 4-bit codes [N, K], one per byte, with their scales and zero points or "
+      "minimums as `linear_int4` reads them",
+      "codes"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&PackInt4::packed, "packed", "P B", DType::u8, Access::write),
+        tensor(&PackInt4::codes, "codes", "N K", DType::u8).rows(),
+        tensor(&PackInt4::scales, "scales", "N G", DType::f16),
+        tensor(&PackInt4::zero_points, "zero_points", "N G", DType::u8).maybe(),
+        tensor(&PackInt4::minimums, "minimums", "N G", DType::f16).maybe(),
+        scalar(&PackInt4::group_size, "group_size"),
+    };
+  }
+};
+
+// form: 0 neither, 1 zero points, 2 minimums, as packed. Column k of the codes multiplies input
+// input_order[k]. activation_bits says what is multiplied:
+//   16   the activations as they are (rounded to bfloat16 where the instruction set multiplies in bfloat16)
+//   8    on the CPU: activations rounded to 8 bits in groups of 32 inputs, x ~ s * q with s = max|x| / 127
+//   and
+//        integers q in [-127, 127] to nearest even; a row with NaN or infinity is NaN throughout. On CUDA as
+//        16
+struct LinearInt4 {
+  Tensor out, x, packed, bias, input_order, workspace;
+  int64_t group_size, form, activation_bits;
+  static constexpr OpInfo info{
+      "linear_int4", "out = x @ weight.T + bias, weight packed by `pack_int4` with the same group_size",
+      "packed"};
+  static constexpr auto args() {
+    return std::tuple{
+        activation(&LinearInt4::out, "out", "M N", Access::write).rows(),
+        activation(&LinearInt4::x, "x", "M K").rows(),
+        tensor(&LinearInt4::packed, "packed", "P B", DType::u8),
+        tensor(&LinearInt4::bias, "bias", "N", DType::f32).maybe(),
+        tensor(&LinearInt4::input_order, "input_order", "K", DType::i32).maybe(),
+        tensor(&LinearInt4::workspace, "workspace", "W", DType::u8, Access::write),
+        scalar(&LinearInt4::group_size, "group_size"),
+        scalar(&LinearInt4::form, "form"),
+        scalar(&LinearInt4::activation_bits, "activation_bits"),
+    };
+  }
+};
+
+// Weights of 8 bits: weight[n, k] = scales[n, g] * codes[n, k] with codes -128 to 127, groups as above.
+struct PackInt8 {
+  Tensor packed, codes, scales;
+  int64_t group_size;
+  static constexpr OpInfo info{
+      "pack_int8", "arrange 8-bit codes [N, K] with their scales as `linear_int8` reads them", "codes"};
+  static constexpr auto args() {
+    return std::tuple{
+        tensor(&PackInt8::packed, "packed", "P B", DType::u8, Access::write),
+        tensor(&PackInt8::codes, "codes", "N K", DType::i8).rows(),
+        tensor(&PackInt8::scales, "scales", "N G", DType::f16),
+        scalar(&PackInt8::group_size, "group_size"),
+    };
+  }
+};
+
+struct LinearInt8 {
+  Tensor out, x, packed, bias, workspace;
+  int64_t group_size, activation_bits;
+  static constexpr OpInfo info{
+      "linear_int8",
+      "out = x @ weight.T + bias, weight packed by `pack_int8` with the same group_size; activation_bits as "
+      "for `linear_int4`",
+      "packed"};
+  static constexpr auto args() {
+    return std::tuple{
+        activation(&LinearInt8::out, "out", "M N", Access::write).rows(),
+        activation(&LinearInt8::x, "x", "M K").rows(),
+        tensor(&LinearInt8::packed, "packed", "P B", DType::u8),
+        tensor(&LinearInt8::bias, "bias", "N", DType::f32).maybe(),
+        tensor(&LinearInt8::workspace, "workspace", "W", DType::u8, Access::write),
+        scalar(&LinearInt8::group_size, "group_size"),
+        scalar(&LinearInt8::activation_bits, "activation_bits"),
+    };
+  }
+};
+
 struct RopeKvWrite {
   Tensor q, k, v, positions, slot_mapping, cos_sin, kv_cache, q_norm, k_norm;
   float eps;
@@ -213,7 +304,7 @@ struct TokenLogprobs {
 };
 
 // All ops, in the order of `fastserve doctor --ops` and of the generated table.
-using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, RopeKvWrite, Attention, SiluMul, Sample,
-                          TokenLogprobs>;
+using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, PackInt4, LinearInt4, PackInt8, LinearInt8,
+                          RopeKvWrite, Attention, SiluMul, Sample, TokenLogprobs>;
 
 }  // namespace fs

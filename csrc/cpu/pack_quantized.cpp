@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Codes, scales and zero points or minimums into the panels of layout/quantized_panel.h. Runs once per weight
+// at load.
+#include "core/simd.h"
+#include "cpu/parallel.h"
+#include "layout/quantized_panel.h"
+#include "ops/ops.h"
+
+namespace fs::FS_ISA {
+
+namespace {
+
+void check_packed(const char* op, const Tensor& packed, const QuantizedPanels& panels) {
+  FS_CHECK(packed.shape[0] == panels.num_panels() && packed.shape[1] == panels.panel_bytes(),
+           op << ": argument 'packed' is [" << packed.shape[0] << ", " << packed.shape[1] << "]; a weight ["
+              << panels.num_rows << ", " << panels.depth << "] in groups of " << panels.group_size
+              << " needs [" << panels.num_panels() << ", " << panels.panel_bytes() << "]");
+}
+
+void check_groups(const char* op, const Tensor& scales, int64_t depth, int64_t group_size) {
+  check_group_size(op, depth, group_size);
+  FS_CHECK(scales.shape[1] == num_groups_of(depth, group_size),
+           op << ": argument 'scales' has " << scales.shape[1] << " groups; " << depth
+              << " inputs in groups of " << group_size << " are " << num_groups_of(depth, group_size));
+}
+
+// 0 to 16 as float16.
+uint16_t small_integer(int value) {
+  if (value == 0) return 0;
+  const int exponent = 31 - __builtin_clz(static_cast<unsigned>(value));
+  return static_cast<uint16_t>(((exponent + 15) << 10) | ((value << (10 - exponent)) & 0x3ff));
+}
+
+// One row of codes; `bias` is added to each. The row's bytes were zero.
+template <class Code>
+void pack_row(uint8_t* packed, const QuantizedPanels& panels, int64_t n, const Code* codes, int bias) {
+  for (int64_t block = 0; block < panels.num_blocks(); ++block) {
+    const int64_t first = block * QuantizedPanels::kBlock;
+    const QuantizedPanels::Place place = panels.code(n, first);
+    for (int64_t i = 0; i < QuantizedPanels::kBlock && first + i < panels.depth; ++i) {
+      const int code = static_cast<int>(codes[first + i]) + bias;
+      uint8_t* byte = packed + place.byte + i / QuantizedPanels::kLine * panels.line_bytes() + i % 4;
+      *byte = static_cast<uint8_t>(*byte | (code << place.shift));
+    }
+  }
+}
+
+template <class F>
+void pack_panels(uint8_t* packed, const QuantizedPanels& panels, const Tensor& scales, const F& row) {
+  parallel_rows(panels.num_panels(), 1, [&](int64_t panel, int64_t, int) {
+    std::memset(packed + panel * panels.panel_bytes(), 0, static_cast<size_t>(panels.panel_bytes()));
+    for (int64_t r = 0; r < QuantizedPanels::kRows; ++r) {
+      const int64_t n = panel * QuantizedPanels::kRows + r;
+      if (n >= panels.num_rows) return;
+      for (int64_t g = 0; g < panels.num_groups(); ++g) {
+        std::memcpy(packed + panels.scale_offset(n, g), scales.ptr<uint16_t>() + n * panels.num_groups() + g,
+                    2);
+      }
+      row(n);
+    }
+  });
+}
+
+void pack_int4(const PackInt4& op, const OpContext&) {
+  const Int4Form form = int4_form(op.zero_points, op.minimums);
+  check_groups("pack_int4", op.scales, op.codes.shape[1], op.group_size);
+  const QuantizedPanels panels{op.codes.shape[0], op.codes.shape[1], op.group_size, 4,
+                               form != Int4Form::symmetric};
+  check_packed("pack_int4", op.packed, panels);
+  auto* packed = op.packed.ptr<uint8_t>();
+  pack_panels(packed, panels, op.scales, [&](int64_t n) {
+    pack_row(packed, panels, n, op.codes.ptr<const uint8_t>() + n * op.codes.stride[0], 0);
+    for (int64_t g = 0; form != Int4Form::symmetric && g < panels.num_groups(); ++g) {
+      const int64_t at = n * panels.num_groups() + g;
+      const uint16_t value = form == Int4Form::minimums
+                                 ? op.minimums.ptr<const uint16_t>()[at]
+                                 : small_integer(op.zero_points.ptr<const uint8_t>()[at]);
+      std::memcpy(packed + panels.zero_or_minimum_offset(n, g), &value, 2);
+    }
+  });
+}
+
+void pack_int8(const PackInt8& op, const OpContext&) {
+  check_groups("pack_int8", op.scales, op.codes.shape[1], op.group_size);
+  const QuantizedPanels panels{op.codes.shape[0], op.codes.shape[1], op.group_size, 8, false};
+  check_packed("pack_int8", op.packed, panels);
+  auto* packed = op.packed.ptr<uint8_t>();
+  pack_panels(packed, panels, op.scales, [&](int64_t n) {
+    pack_row(packed, panels, n, op.codes.ptr<const int8_t>() + n * op.codes.stride[0], 128);
+  });
+}
+
+}  // namespace
+
+FS_REGISTER_CPU(PackInt4, pack_int4, DType::u8)
+FS_REGISTER_CPU(PackInt8, pack_int8, DType::i8)
+
+}  // namespace fs::FS_ISA

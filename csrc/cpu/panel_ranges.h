@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How a matrix product over panels of 32 output rows is handed out: blocks of tokens times ranges of panels,
+// the same cut for any number of threads. A block's activations stay in the L2 cache while all weights pass
+// by once.
+#pragma once
+
+#include <cstdint>
+
+#include "core/thread_pool.h"
+
+namespace fs::FS_ISA {
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Part i of `count` parts of [0, total), equal give or take one.
+[[gnu::always_inline]] inline Span part(int64_t total, int64_t count, int64_t i) {
+  return {total * i / count, total * (i + 1) / count};
+}
+
+// Calls f(panels, tokens) with two Spans; token_bytes are those of a token's activations, work the
+// multiply-adds of a panel and a token, and tile the tokens that share weights in registers.
+template <class F>
+void for_panel_ranges(int64_t num_panels, int64_t num_tokens, int64_t token_bytes, int64_t work, int64_t tile,
+                      const F& f) {
+  constexpr int64_t kBlockBytes = 192 * 1024;  // activations of a block of tokens: they stay in L2
+  constexpr int64_t kMaxRanges = 32;           // panel ranges per block of tokens
+  constexpr int64_t kMinPanels = 2;           // of a range: the second is prefetched while the first computes
+  constexpr int64_t kMinRangeWork = 1 << 15;  // multiply-adds below which a range is not worth handing out
+
+  if (num_tokens == 0 || num_panels == 0) return;
+  int64_t block = kBlockBytes / (token_bytes + 1);
+  block = block < tile ? tile : block - block % tile;
+  const int64_t num_blocks = (num_tokens + block - 1) / block;
+
+  const int64_t panel_work = (work + 1) * (num_tokens < block ? num_tokens : block);
+  int64_t per_range = (num_panels + kMaxRanges - 1) / kMaxRanges;
+  if (per_range < kMinPanels) per_range = kMinPanels;
+  if (per_range * panel_work < kMinRangeWork) per_range = kMinRangeWork / panel_work + 1;
+  const int64_t num_ranges = (num_panels + per_range - 1) / per_range;
+
+  pool().parallel_for(num_blocks * num_ranges, [&](int64_t chunk, int) {
+    f(part(num_panels, num_ranges, chunk % num_ranges), part(num_tokens, num_blocks, chunk / num_ranges));
+  });
+}
+
+}  // namespace fs::FS_ISA
