@@ -7,11 +7,12 @@
 namespace fs {
 
 // Ascending: a later one is preferred.
-//   portable              plain C++ vectors of four floats (SSE2 on x86-64, NEON on aarch64)
-//   avx512_emulated       test builds only: the AVX-512 sources on other instructions, so that they are
-//   executed avx512bf16_emulated   by tests on machines without AVX-512 avx2                  AVX2 + FMA +
-//   F16C avx512                AVX-512 F/BW/VL/DQ avx512bf16            the same with BF16 and VNNI: bf16
-//   weights multiply bf16 activations
+//   portable      plain C++ vectors of four floats (SSE2 on x86-64, NEON on aarch64)
+//   *_emulated    test builds only: the AVX-512 sources on other instructions, so that tests execute them
+//                 on machines without AVX-512
+//   avx2          AVX2 + FMA + F16C
+//   avx512        AVX-512 F/BW/VL/DQ
+//   avx512bf16    the same with BF16 and VNNI: bf16 weights multiply bf16 activations
 enum class Isa : int { portable, avx512_emulated, avx512bf16_emulated, avx2, avx512, avx512bf16 };
 inline constexpr int kNumIsas = 6;
 
