@@ -17,7 +17,7 @@ CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test native wheel simulated check format unit cpp-test sanitize clean
+.PHONY: demo test native wheel simulated check format unit cpp-test sanitize aarch64 clean
 
 demo: native $(MODEL)/config.json
 	$(PY) tools/demo.py $(MODEL)
@@ -97,6 +97,17 @@ sanitize: $(VENV)/.env
 	@$(call ctest,asan)
 	@$(call sanitized,tsan,thread,test_thread_pool)
 	@build/tsan/tests/cpp/test_thread_pool --gtest_brief=1
+
+# Not part of `test`: needs g++-aarch64-linux-gnu, qemu-user and the sources of GoogleTest (libgtest-dev).
+aarch64: $(VENV)/.env
+	@echo "== aarch64: portable kernels compiled, C++ tests on QEMU"
+	@mkdir -p build
+	@($(CMAKE) -G Ninja -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu" \
+	  -DCMAKE_DISABLE_FIND_PACKAGE_GTest=ON -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=/usr/src/googletest \
+	  -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_TESTS=ON && \
+	  $(CMAKE) --build build/aarch64 -j $(JOBS) --target all fastserve_cpu_portable) > build/aarch64.log || (cat build/aarch64.log; exit 1)
+	@$(call ctest,aarch64)
 
 # ctest FOLDER
 define ctest
