@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import fastserve
+from fastserve.bench import serve as bench_serve
 from fastserve.server.options import add_serve_arguments
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     _add_eval_parser(commands)
+    _add_bench_parser(commands)
 
     serve = commands.add_parser(
         "serve",
@@ -107,6 +109,20 @@ def _add_eval_parser(commands: Any) -> None:
     perplexity.add_argument("--context", type=int, help="tokens of a window (default: 1024, or the model's limit)")
     perplexity.add_argument("--stride", type=int, help="tokens from window to window (default: the context)")
     perplexity.set_defaults(run=_perplexity)
+
+
+def _add_bench_parser(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="measure speed", description="Measure the speed of an engine or a server."
+    )
+    kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    serve = kinds.add_parser(
+        "serve",
+        help="load on a running server",
+        description="Send requests to a server with OpenAI's API at a rate, and report its throughput and latencies.",
+    )
+    bench_serve.add_arguments(serve)
+    serve.set_defaults(run=bench_serve.run)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
