@@ -12,6 +12,7 @@ JOBS   ?= $(shell nproc)
 
 PY  := $(VENV)/bin/python
 MODEL := build/models/smollm2-135m
+INT4_MODEL := $(MODEL)-int4
 CMAKE := $(PY) -m cmake
 CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
@@ -19,8 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test native wheel simulated check format unit cpp-test sanitize aarch64 clean
 
-demo: native $(MODEL)/config.json
-	$(PY) tools/demo.py $(MODEL)
+demo: native $(INT4_MODEL)/config.json
+	$(PY) tools/demo.py $(INT4_MODEL)
 
 test: check cpp-test sanitize unit
 
@@ -53,6 +54,9 @@ native:
 $(MODEL)/config.json: | native
 	$(PY) tools/fetch_demo_model.py $(MODEL)
 
+$(INT4_MODEL)/config.json: | native
+	$(PY) tools/fetch_demo_model.py --int4 $(INT4_MODEL)
+
 # With CUDA=OFF for CPU kernels only. The wheel's Python is the environment's own.
 CUDA ?= AUTO
 wheel: $(VENV)/.env $(MODEL)/config.json
@@ -64,7 +68,7 @@ wheel: $(VENV)/.env $(MODEL)/config.json
 
 # --- tests ---
 
-unit: native simulated $(MODEL)/config.json
+unit: native simulated $(MODEL)/config.json $(INT4_MODEL)/config.json
 	@echo "== pytest"
 	@$(PY) -m pytest
 

@@ -17,3 +17,11 @@ def demo_model_dir() -> Path:
     from fetch_demo_model import demo_model
 
     return demo_model()
+
+
+@pytest.fixture(scope="session")
+def demo_int4_model_dir() -> Path:
+    """The same with the GGUF file's 4-bit weights, code for code."""
+    from fetch_demo_model import demo_model
+
+    return demo_model(int4=True)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fastserve import LLM, ModelLoadError, SamplingParams
+from fastserve import LLM, ModelLoadError, SamplingParams, _native
 from fastserve.json_file import Fields
 from fastserve.weights.quantization_config import (
     QuantizationConfig,
@@ -80,12 +80,32 @@ def test_a_model_computes_as_with_the_weights_written_out(tmp_path: Path, kind: 
     make_tiny_checkpoint(tmp_path / "plain", intermediate_size=96, tie_word_embeddings=kind == "awq")
     quantize_folder(tmp_path / "plain", tmp_path / "int4", kind, 32)
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=3)
-    results = []
-    for folder in (tmp_path / "int4", tmp_path / "int4" / "dense"):
-        with LLM(folder, max_model_len=64, num_threads=1) as llm:
+
+    def run(folder: Path, **options: Any) -> tuple[Any, list[float]]:
+        with LLM(folder, max_model_len=64, num_threads=1, **options) as llm:
             (output,) = llm.generate(["The quick brown fox jumps over"], params, use_tqdm=False)
-            results.append((output.outputs[0].token_ids, output.prompt_logprobs))
-    assert results[0] == results[1]
+        assert output.prompt_logprobs is not None
+        prompt = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+        logprobs = [entry[token].logprob for entry, token in prompt if entry is not None]
+        return (output.outputs[0].token_ids, output.prompt_logprobs), logprobs
+
+    isa = _native.isa()
+    dense, logprobs = run(tmp_path / "int4" / "dense")
+    assert run(tmp_path / "int4", quantization="none")[0] == dense
+    for activation_dtype, tolerance in (("float", 0.25), ("int8", 0.75)):
+        _, near = run(tmp_path / "int4", activation_dtype=activation_dtype)  # of values up to 40
+        assert near == pytest.approx(logprobs, abs=tolerance)
+        assert near != logprobs  # the int4 kernels computed it
+    try:
+        # Without a bf16 dot product the packed codes go through the very chain of the weights written out.
+        _native.set_isa("portable")
+        exact = run(tmp_path / "int4", activation_dtype="float")
+        written_out = run(tmp_path / "int4" / "dense")
+    finally:
+        _native.set_isa(isa)
+    assert exact[1] == pytest.approx(written_out[1], abs=1e-4)
+    if not kind.endswith("act"):  # which adds up the inputs in another order
+        assert exact[0] == written_out[0]
 
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=40))

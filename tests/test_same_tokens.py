@@ -93,10 +93,18 @@ def result_of(output: RequestOutput) -> Result:
     return list(completion.token_ids), logprobs
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def subject(request: pytest.FixtureRequest, demo_model_dir: Path) -> Iterator[Subject]:
+MODELS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32": {"dtype": "float32"},
+    "int4 with int8 activations": {"activation_dtype": "int8", "lm_head_dtype": "int8"},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def subject(request: pytest.FixtureRequest, demo_model_dir: Path, demo_int4_model_dir: Path) -> Iterator[Subject]:
+    folder = demo_int4_model_dir if "int4" in request.param else demo_model_dir
     text = (Path(__file__).resolve().parent.parent / "tools" / "demo_document.txt").read_text()
-    with LLM(demo_model_dir, dtype=request.param, max_model_len=1024, num_blocks=128, num_threads=2) as llm:
+    with LLM(folder, **MODELS[request.param], max_model_len=1024, num_blocks=128, num_threads=2) as llm:
         ids = llm.get_tokenizer().encode(text)
         prompts = [ids[:230], ids[:97] + ids[300:333], ids[500:533]]
         subject = Subject(llm, prompts, [])

@@ -130,6 +130,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    group.add_argument("--quantization", help="auto, or none: int4 weights are written out in --dtype (default: auto)")
+    group.add_argument("--activation-dtype", help="what int4 and int8 weights are multiplied with: auto, int8 or float")
+    group.add_argument("--lm-head-dtype", help="auto: as in the checkpoint, or int8 (default: auto)")
     group.add_argument("--max-model-len", type=int, help="longest context in tokens (default: what fits)")
     group.add_argument("--max-num-batched-tokens", type=int, help="tokens of one step")
     group.add_argument("--max-num-seqs", type=int, help="requests of one step")
@@ -154,7 +157,7 @@ def _open(arguments: argparse.Namespace) -> LLM:
     from fastserve.llm import LLM
 
     names = ["dtype", "kv_cache_dtype", "max_model_len", "max_num_batched_tokens", "max_num_seqs"]
-    names += ["kv_cache_memory_bytes", "num_threads", "seed"]
+    names += ["quantization", "activation_dtype", "lm_head_dtype", "kv_cache_memory_bytes", "num_threads", "seed"]
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return LLM(arguments.model, show_progress=sys.stderr.isatty(), **options)
 

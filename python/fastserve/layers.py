@@ -7,11 +7,38 @@ Activations are [tokens, width] buffers owned by the caller, of the device's act
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from fastserve.config import EngineConfig
 from fastserve.engine.device import Device
+from fastserve.errors import FastserveError, ModelLoadError
+from fastserve.weights.quantized import QuantizedWeight
+from fastserve.weights.round_int8 import round_int8
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The numbers that weights are kept in and multiplied with."""
+
+    dtype: torch.dtype  # of weights that are not quantised
+    keep_int4: bool  # False: int4 weights are written out as `dtype`
+    int8_lm_head: bool
+    activation_bits: int  # with which int4 and int8 weights are multiplied; see `linear_int4`
+
+    @staticmethod
+    def of(config: EngineConfig, device: Device, dtype: torch.dtype) -> Precision:
+        """Raises FastserveError for what the device cannot."""
+        wanted = {"auto": device.activation_bits[0], "int8": 8, "float": 16}[config.activation_dtype]
+        if wanted not in device.activation_bits:
+            raise FastserveError(f"activation_dtype={config.activation_dtype!r} is not available on {device.name}")
+        if config.lm_head_dtype == "int8" and not device.has_quantized:
+            raise FastserveError(f"lm_head_dtype='int8' is not available on {device.name}")
+        keep_int4 = config.quantization == "auto" and device.has_quantized
+        return Precision(dtype, keep_int4, config.lm_head_dtype == "int8", wanted)
 
 
 class Linear(Protocol):
@@ -76,6 +103,118 @@ class TorchLinear:
             torch.mm(x, self.weight.T, out=out)
         else:
             torch.addmm(self.bias, x, self.weight.T, out=out)
+
+
+def make_int4_linear(
+    device: Device, parts: Sequence[QuantizedWeight], biases: Sequence[torch.Tensor], activation_bits: int, name: str
+) -> Linear:
+    """Projections of the same input as one layer, their outputs side by side. `biases` is empty or has one for each."""
+    try:
+        joined = [QuantizedWeight.stack(parts, name)]
+    except ModelLoadError:  # different forms or orders of inputs
+        joined = list(parts)
+    if len(joined) == len(parts):
+        bias_of = list(biases) or [None] * len(parts)
+    else:
+        bias_of = [torch.cat(list(biases)) if biases else None]
+    layers = [Int4Linear(device, weight, bias, activation_bits) for weight, bias in zip(joined, bias_of, strict=True)]
+    return layers[0] if len(layers) == 1 else SideBySide(layers)
+
+
+class _QuantizedLinear:
+    """What layers of packed codes share. A row's result depends on nothing but the row."""
+
+    packed: torch.Tensor
+
+    def __init__(
+        self, device: Device, shape: tuple[int, int], group_size: int, bias: torch.Tensor | None, activation_bits: int
+    ) -> None:
+        self.device = device
+        self.out_features, self.in_features = shape
+        self.group_size = group_size
+        self.activation_bits = activation_bits
+        self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.packed) + num_bytes(self.bias)
+
+    def workspace_bytes(self, max_tokens: int) -> int:
+        return self.device.quantized_workspace_bytes(
+            max_tokens, self.out_features, self.in_features, self.activation_bits
+        )
+
+
+class Int4Linear(_QuantizedLinear):
+    """4-bit codes, packed once, code for code."""
+
+    def __init__(
+        self, device: Device, weight: QuantizedWeight, bias: torch.Tensor | None, activation_bits: int
+    ) -> None:
+        super().__init__(device, weight.shape, weight.group_size, bias, activation_bits)
+        self.form = weight.form
+        shape = device.packed_int4_shape(*weight.shape, weight.group_size, weight.form)
+        self.packed = device.empty(shape, torch.uint8)
+
+        def there(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+            return None if tensor is None else device.upload(tensor.to(dtype).contiguous())
+
+        device.ops.pack_int4(
+            self.packed,
+            there(weight.codes, torch.uint8),
+            there(weight.scales, torch.float16),
+            there(weight.zero_points, torch.uint8),
+            there(weight.minimums, torch.float16),
+            weight.group_size,
+        )
+        self.input_order = there(weight.input_order, torch.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + num_bytes(self.input_order)
+
+    def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
+        self.device.ops.linear_int4(
+            out, x, self.packed, self.bias, self.input_order, workspace, self.group_size, self.form,
+            self.activation_bits,
+        )  # fmt: skip
+
+
+class Int8Linear(_QuantizedLinear):
+    """A weight [out_features, in_features] of any float dtype, rounded to 8 bits in groups of 32 inputs."""
+
+    def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None, activation_bits: int) -> None:
+        codes, scales, group_size = round_int8(weight)
+        super().__init__(device, (weight.shape[0], weight.shape[1]), group_size, bias, activation_bits)
+        self.packed = device.empty(
+            device.packed_int8_shape(self.out_features, self.in_features, group_size), torch.uint8
+        )
+        device.ops.pack_int8(self.packed, device.upload(codes), device.upload(scales), group_size)
+
+    def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
+        self.device.ops.linear_int8(out, x, self.packed, self.bias, workspace, self.group_size, self.activation_bits)
+
+
+class SideBySide:
+    """Layers of the same input that cannot be packed as one."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = layers
+        self.in_features = layers[0].in_features
+        self.out_features = sum(layer.out_features for layer in layers)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def workspace_bytes(self, max_tokens: int) -> int:
+        return max(layer.workspace_bytes(max_tokens) for layer in self.layers)
+
+    def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
+        begin = 0
+        for layer in self.layers:
+            layer(out[:, begin : begin + layer.out_features], x, workspace)
+            begin += layer.out_features
 
 
 class RMSNorm:

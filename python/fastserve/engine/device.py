@@ -51,6 +51,16 @@ class Device(Protocol):
 
     def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int: ...
 
+    has_quantized: bool  # linear_int4 and linear_int8 run here, and the three methods below work
+    activation_bits: tuple[int, ...]  # what they can multiply with, the default first
+
+    def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
+        """The shape of what `pack_int4` makes of codes [num_rows, depth]."""
+
+    def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]: ...
+
+    def quantized_workspace_bytes(self, max_tokens: int, num_rows: int, depth: int, activation_bits: int) -> int: ...
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory with any content."""
 
@@ -81,6 +91,8 @@ class CpuDevice:
     rows_per_item = 48
     rows_per_shared_item = 384
     has_graphs = False
+    has_quantized = True
+    activation_bits: tuple[int, ...] = (8, 16)
     stage_generation = 0
 
     def __init__(self, num_threads: int | None) -> None:
@@ -115,6 +127,15 @@ class CpuDevice:
     def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int:
         return _native.linear_workspace_bytes(max_tokens, depth, str(dtype))
 
+    def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
+        return _native.packed_int4_shape(num_rows, depth, group_size, form)
+
+    def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]:
+        return _native.packed_int8_shape(num_rows, depth, group_size)
+
+    def quantized_workspace_bytes(self, max_tokens: int, num_rows: int, depth: int, activation_bits: int) -> int:
+        return _native.quantized_workspace_bytes(max_tokens, depth, activation_bits)
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
 
@@ -141,6 +162,8 @@ class CudaDevice:
     rows_per_item = 64
     rows_per_shared_item = 64
     has_graphs = True
+    has_quantized = False
+    activation_bits: tuple[int, ...] = (16,)
 
     def __init__(self, exact: bool, index: int = 0) -> None:
         devices = _native.cuda_devices()
@@ -181,6 +204,15 @@ class CudaDevice:
         return -(-num_rows // 32), -(-depth // 16) * 16, 32  # csrc/layout/fragment.h
 
     def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int:
+        return 0
+
+    def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
+        raise FastserveError("int4 weights are not kept packed on CUDA; they are written out at load")
+
+    def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]:
+        raise FastserveError("int8 weights are not available on CUDA; use lm_head_dtype='auto'")
+
+    def quantized_workspace_bytes(self, max_tokens: int, num_rows: int, depth: int, activation_bits: int) -> int:
         return 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

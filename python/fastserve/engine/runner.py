@@ -16,6 +16,7 @@ from fastserve.engine.memory import MemoryPlan, plan_memory
 from fastserve.engine.sampler import Sampler
 from fastserve.engine.scheduler import StepItem, StepPlan
 from fastserve.engine.step_graphs import StepGraphs
+from fastserve.layers import Precision
 from fastserve.model_config import ModelConfig
 from fastserve.models import model_class_for
 from fastserve.outputs import SampledToken
@@ -45,7 +46,8 @@ class ModelRunner:
         model_max_len = self.model_config.max_position_embeddings
         with torch.inference_mode(), open_checkpoint(model_dir) as checkpoint:
             longest = min(config.max_model_len or model_max_len, model_max_len)
-            self.model = model_class(self.model_config, checkpoint, self.device, dtype, longest, progress)
+            precision = Precision.of(config, self.device, dtype)
+            self.model = model_class(self.model_config, checkpoint, self.device, precision, longest, progress)
             max_logit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
             self.buffers = StepBuffers(
                 self.device,

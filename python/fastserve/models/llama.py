@@ -14,10 +14,11 @@ import torch
 from fastserve.engine.batch import Batch, StepBuffers, StepViews
 from fastserve.engine.device import Device
 from fastserve.errors import ModelLoadError
-from fastserve.layers import Linear, RMSNorm, make_linear, num_bytes
+from fastserve.layers import Int8Linear, Linear, Precision, RMSNorm, make_int4_linear, make_linear, num_bytes
 from fastserve.model_config import ModelConfig
 from fastserve.rope import cos_sin_table
 from fastserve.weights.quantization_config import QuantizationConfig
+from fastserve.weights.quantized import QuantizedWeight
 from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint
 from fastserve.weights.safetensors import Checkpoint
 
@@ -35,17 +36,17 @@ class Model:
         config: ModelConfig,
         checkpoint: Checkpoint,
         device: Device,
-        dtype: torch.dtype,
+        precision: Precision,
         max_model_len: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Load the weights as `dtype` onto the device; `progress(layers done, layers)` is called after each layer.
+        """Load the weights in `precision` onto the device; `progress(layers done, layers)` is called after each layer.
 
         Raises ModelLoadError naming tensors that are missing, unexpected or of the wrong shape.
         """
         self.config = config
         self.ops = device.ops
-        weights = _Weights(checkpoint, config.quantization, device, dtype)
+        weights = _Weights(checkpoint, config.quantization, device, precision)
         width, head = config.hidden_size, config.head_dim
         embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
         self.embedding = device.upload(embedding)
@@ -57,9 +58,11 @@ class Model:
         self.norm = weights.norm("model.norm.weight", width, config.rms_norm_eps)
         if config.tie_word_embeddings:
             weights.drop("lm_head.weight")
-            self.lm_head = make_linear(device, embedding)
-        else:
+            self.lm_head = weights.lm_head(embedding)
+        elif weights.is_int4("lm_head"):
             self.lm_head = weights.linear([("lm_head", config.vocab_size)], width, bias=False)
+        else:
+            self.lm_head = weights.lm_head(weights.take("lm_head.weight", (config.vocab_size, width)))
         weights.check_all_taken()
         self.cos_sin = device.upload(cos_sin_table(config.rope, head, max_model_len))
 
@@ -154,12 +157,13 @@ class _Weights:
     """Takes tensors out of a checkpoint one by one, so that what is left over can be named."""
 
     def __init__(
-        self, checkpoint: Checkpoint, quantization: QuantizationConfig | None, device: Device, dtype: torch.dtype
+        self, checkpoint: Checkpoint, quantization: QuantizationConfig | None, device: Device, precision: Precision
     ) -> None:
         self.checkpoint = checkpoint
         self.quantized = None if quantization is None else QuantizedCheckpoint(checkpoint, quantization)
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
+        self.dtype = precision.dtype
         self.left = {name for name in checkpoint.names() if not name.endswith(IGNORED_SUFFIXES)}
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -177,17 +181,32 @@ class _Weights:
 
     def linear(self, parts: list[tuple[str, int]], in_features: int, bias: bool) -> Linear:
         """Projections of the same input as one Linear, their outputs side by side in the order given."""
-        weights = [self._matrix(name, rows, in_features) for name, rows in parts]
         biases = [self.take(f"{name}.bias", (rows,)) for name, rows in parts] if bias else []
+        if self.precision.keep_int4 and all(self.is_int4(name) for name, _ in parts):
+            codes = [self._int4(name, rows, in_features) for name, rows in parts]
+            return make_int4_linear(self.device, codes, biases, self.precision.activation_bits, parts[0][0])
+        weights = [self._matrix(name, rows, in_features) for name, rows in parts]
         return make_linear(self.device, torch.cat(weights), torch.cat(biases) if bias else None)
+
+    def lm_head(self, weight: torch.Tensor) -> Linear:
+        if self.precision.int8_lm_head:
+            return Int8Linear(self.device, weight, None, self.precision.activation_bits)
+        return make_linear(self.device, weight)
+
+    def is_int4(self, name: str) -> bool:
+        return self.quantized is not None and self.quantized.holds(name)
 
     def _matrix(self, name: str, rows: int, in_features: int) -> torch.Tensor:
         """The weight [rows, in_features] of a linear; an int4 one is dequantised."""
-        if self.quantized is None or not self.quantized.holds(name):
+        if not self.is_int4(name):
             return self.take(f"{name}.weight", (rows, in_features))
+        return self._int4(name, rows, in_features).dequantize().to(self.dtype)
+
+    def _int4(self, name: str, rows: int, in_features: int) -> QuantizedWeight:
+        assert self.quantized is not None
         weight = self.quantized.read(name, rows, in_features)
         self.left -= set(self.quantized.tensor_names(name))
-        return weight.dequantize().to(self.dtype)
+        return weight
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
         return RMSNorm(self.device, self.take(name, (width,)), eps)

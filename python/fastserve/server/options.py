@@ -85,6 +85,11 @@ class ServeOptions:
 
     dtype: str | None = _option(None, str, "auto, float32, bfloat16 or float16", engine=True)
     kv_cache_dtype: str | None = _option(None, str, "auto, float32 or bfloat16", engine=True)
+    quantization: str | None = _option(None, str, "auto, or none: int4 weights written out in dtype", engine=True)
+    activation_dtype: str | None = _option(
+        None, str, "what int4 and int8 weights are multiplied with: auto, int8 or float", engine=True
+    )
+    lm_head_dtype: str | None = _option(None, str, "auto: as in the checkpoint, or int8", engine=True)
     max_model_len: int | None = _option(
         None, _model_len, "longest context in tokens; auto = what fits, 4k = 4096", engine=True
     )

@@ -43,6 +43,11 @@ class QuantizedWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     @property
+    def form(self) -> int:
+        """0 symmetric, 1 zero points, 2 minimums: the `form` of the op `linear_int4`."""
+        return 2 if self.minimums is not None else int(self.zero_points is not None)
+
+    @property
     def num_groups(self) -> int:
         return -(-self.shape[1] // self.group_size)
 
