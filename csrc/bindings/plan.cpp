@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// AttentionPlan for Python.
+// AttentionPlan, prefix_groups and PrefixAnalysis for Python.
 #include "plan/attention_plan.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
 
 #include "bindings/bindings.h"
 #include "core/error.h"
+#include "plan/prefix_analysis.h"
 #include "plan/prefix_groups.h"
 
 namespace py = pybind11;
@@ -70,6 +75,70 @@ py::tuple prefix_groups(const py::array_t<int32_t, py::array::c_style | py::arra
   return py::make_tuple(Int32Array(static_cast<py::ssize_t>(found.order.size()), found.order.data()),
                         Int32Array({num_groups, py::ssize_t{kGroupFields}},
                                    reinterpret_cast<const int32_t*>(found.groups.data())));
+}
+
+using Int64Array = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using Tokens = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+py::array_t<T> copied(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+void bind_prefix_analysis(py::module_& module) {
+  py::class_<PrefixAnalysis>(module, "PrefixAnalysis",
+                             R"(Which prompts of a batch begin alike, found before anything runs.
+
+token_ids: int32, the prompts one after another; prompt i is token_ids[starts[i]:starts[i + 1]], not empty.
+block_size: prefixes are shared in whole blocks; 1: token by token.
+expected_output: int64 [N] or None, tokens that each prompt will probably generate: siblings in the trie go by
+descending share of decodes. roots: int32 [N] or None; prompts share only with prompts of the same root.
+Arrays are read in place where their types fit. The GIL is free meanwhile. Raises ValueError for lengths that do
+not fit each other.)")
+      .def(py::init([](const Tokens& token_ids, const Int64Array& starts, int block_size,
+                       const std::optional<Int64Array>& expected_output, const std::optional<Tokens>& roots) {
+             const auto span = [](const auto& array) {
+               return std::span(array.data(), static_cast<size_t>(array.size()));
+             };
+             const auto expected = expected_output ? span(*expected_output) : std::span<const int64_t>();
+             const auto parts = roots ? span(*roots) : std::span<const int32_t>();
+             const auto tokens = span(token_ids);
+             const auto begins = span(starts);
+             py::gil_scoped_release release;
+             return std::make_unique<PrefixAnalysis>(tokens, begins, block_size, expected, parts);
+           }),
+           py::arg("token_ids"), py::arg("starts"), py::kw_only(), py::arg("block_size"),
+           py::arg("expected_output") = py::none(), py::arg("roots") = py::none())
+      .def_property_readonly(
+          "order", [](const PrefixAnalysis& self) { return copied(self.order()); },
+          "int64 [N]: the prompts depth-first, so that those of every shared prefix are neighbours.")
+      .def_property_readonly(
+          "nodes",
+          [](const PrefixAnalysis& self) {
+            return py::array_t<int64_t>(
+                {static_cast<py::ssize_t>(self.nodes().size()), py::ssize_t{kNodeFields}},
+                reinterpret_cast<const int64_t*>(self.nodes().data()));
+          },
+          "int64 [M, 6]: parent (-1: none), begin, end, first_place, num_prompts, num_children. Tokens "
+          "[begin, "
+          "end) are shared by the prompts in places first_place to first_place + num_prompts of `order`; a "
+          "parent comes before its children.")
+      .def_property_readonly(
+          "node_of", [](const PrefixAnalysis& self) { return copied(self.node_of()); },
+          "int64 [N]: the innermost node of each prompt; -1: it shares nothing.")
+      .def_property_readonly("num_tokens", &PrefixAnalysis::num_tokens, "Tokens of all prompts.")
+      .def_property_readonly("num_computed", &PrefixAnalysis::num_computed,
+                             "Tokens to compute when every prefix of whole blocks is computed once.")
+      .def_property_readonly("min_computed", &PrefixAnalysis::min_computed,
+                             "The least possible: every common token computed once, at least one per prompt.")
+      .def(
+          "single_level",
+          [](const PrefixAnalysis& self) {
+            const SingleLevelGroups groups = self.single_level();
+            return py::make_tuple(copied(groups.group), copied(groups.prefix_length));
+          },
+          "BatchLLM's published groups with one level of sharing: (group of each prompt, -1 for none; prefix "
+          "length of each group).");
 }
 
 }  // namespace
@@ -149,6 +218,7 @@ Raises ValueError naming what was given and what is allowed.)")
           "span", [](const AttentionPlan& plan) { return plan.options().span; }, "Tokens of a span.")
       .def("workspace_floats", &AttentionPlan::workspace_floats, py::arg("num_heads"), py::arg("head_dim"),
            "Size of the workspace in floats for num_heads query heads of head_dim.");
+  bind_prefix_analysis(module);
   module.def("prefix_groups", &prefix_groups, py::arg("block_tables"), py::arg("num_shareable"),
              py::kw_only(), py::arg("block_size"),
              R"(Which requests of a step have which KV in the same blocks.
