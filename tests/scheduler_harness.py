@@ -101,6 +101,13 @@ class Harness:
         self.scheduler.check()
         return plan
 
+    def drain_until(self, done: Callable[[], bool], max_steps: int = 10_000) -> None:
+        for _ in range(max_steps):
+            self.step()
+            if done():
+                return
+        raise AssertionError(f"not done after {max_steps} steps")
+
     def drain(self, max_steps: int = 10_000) -> int:
         """Steps until nothing is left, and proves that all blocks came back; returns how many steps that
         took."""

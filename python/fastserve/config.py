@@ -315,6 +315,7 @@ class EngineConfig:
     device: str = "auto"  # auto, cpu, cuda
     exact: bool = True  # the same tokens in any batch, on CUDA too; False: torch's matrix products there
     policy: str = "fcfs"  # a module of fastserve.policies
+    batch_order: str = "prefix"  # of LLM.generate: prefix = members of a shared prefix together; arrival = as given
 
     def __post_init__(self) -> None:
         limits = {
@@ -340,6 +341,7 @@ class EngineConfig:
             "activation_dtype": ("auto", "int8", "float"),
             "lm_head_dtype": ("auto", "int8"),
             "device": ("auto", "cpu", "cuda"),
+            "batch_order": ("prefix", "arrival"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

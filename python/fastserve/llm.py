@@ -13,6 +13,7 @@ from typing import Any
 
 from fastserve.config import RequestOutputKind, SamplingParams
 from fastserve.engine.load import LoadedEngine, load_engine
+from fastserve.engine.prefix_plan import PrefixPlan, plan_prefixes, unplanned
 from fastserve.errors import FastserveError, InvalidRequest
 from fastserve.inputs import Prompt, as_params_list, as_prompt_list, is_conversation
 from fastserve.outputs import RequestOutput
@@ -181,9 +182,9 @@ class LLM:
         # The template has written the special tokens already.
         return self.loaded.prompt(text, add_special_tokens=False)
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
+    def _add(self, prompt: Prompt, params: SamplingParams, **more: Any) -> str:
         request_id = str(next(self._ids))
-        self.loaded.engine.add_request(request_id, prompt.token_ids, params, prompt=prompt.text)
+        self.loaded.engine.add_request(request_id, prompt.token_ids, params, prompt=prompt.text, **more)
         self._inbox[request_id] = deque()
         return request_id
 
@@ -207,21 +208,31 @@ class LLM:
         self._inbox.pop(request_id, None)
 
     def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
-        """Feed the bounded queue as it empties, step until all have ended, and put the outputs in order."""
+        """Feed the bounded queue as it empties, step until all have ended, and put the outputs in order.
+
+        The prompts run in the order in which each prefix that they share is computed once.
+        """
         engine, limit = self.loaded.engine, self.loaded.config.max_num_queued_requests
         params = [replace(one, output_kind=RequestOutputKind.FINAL_ONLY) for one in params]
         for prompt, one in zip(prompts, params, strict=True):
             engine.check_request(prompt.token_ids, one)
             self.loaded.check_structure(one)
-        num_added = 0
+        plan = self._plan(prompts, params)
+        first, num_added = engine.num_added, 0
         open_ids: dict[str, int] = {}  # of the requests that have not finished: their place
         outputs: list[RequestOutput | None] = [None] * len(prompts)
         progress = _Progress(len(prompts), use_tqdm)
+        places = iter(plan.order)
+        place = next(places, -1)
         try:
             while num_added < len(prompts) or open_ids:
-                while num_added < len(prompts) and engine.num_waiting + params[num_added].n <= limit:
-                    open_ids[self._add(prompts[num_added], params[num_added])] = num_added
+                while num_added < len(prompts) and engine.num_waiting + params[place].n <= limit:
+                    request_id = self._add(
+                        prompts[place], params[place], index=first + place, shared_prefix=plan.prefix_of[place]
+                    )
+                    open_ids[request_id] = place
                     num_added += 1
+                    place = next(places, -1)
                 self._step()
                 for request_id in [one for one in open_ids if self._inbox[one]]:
                     output = self._inbox.pop(request_id).popleft()
@@ -231,25 +242,35 @@ class LLM:
             progress.close()
             for request_id in open_ids:
                 self._end(request_id)
+            if self._loaded is not None:
+                engine.end_batch(plan.prefixes)
         return [output for output in outputs if output is not None]
+
+    def _plan(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> PrefixPlan:
+        config = self.loaded.config
+        if len(prompts) < 2 or config.batch_order == "arrival" or not config.enable_prefix_caching:
+            return unplanned(len(prompts))
+        return plan_prefixes([prompt.token_ids for prompt in prompts], params, config.block_size)
 
 
 class _Progress:
-    """A bar over prompts that shows token rates."""
+    """A bar over prompts that shows token rates, and how much of the prompts was not computed but shared."""
 
     def __init__(self, num_prompts: int, enabled: bool) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(total=num_prompts, desc="Prompts", unit="prompt", disable=not enabled)
         self._begin = time.monotonic()
-        self._prompt_tokens = self._output_tokens = 0
+        self._prompt_tokens = self._output_tokens = self._shared_tokens = 0
 
     def finished(self, output: RequestOutput) -> None:
         self._prompt_tokens += len(output.prompt_token_ids)
+        self._shared_tokens += output.num_cached_tokens or 0
         self._output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
         elapsed = max(time.monotonic() - self._begin, 1e-9)
         self._bar.set_postfix_str(
-            f"in {self._prompt_tokens / elapsed:.0f} tok/s, out {self._output_tokens / elapsed:.0f} tok/s",
+            f"in {self._prompt_tokens / elapsed:.0f} tok/s, out {self._output_tokens / elapsed:.0f} tok/s, "
+            f"shared {self._shared_tokens / max(self._prompt_tokens, 1):.0%}",
             refresh=False,
         )
         self._bar.update()

@@ -16,6 +16,19 @@ class RequestStatus(Enum):
 
 
 @dataclass(eq=False, slots=True)
+class SharedPrefix:
+    """Tokens that several requests of a batch begin with: whole blocks, those of its parent first.
+
+    Made with the batch's plan (`engine/prefix_plan.py`); from then on only the scheduler changes it.
+    """
+
+    num_tokens: int  # the parent's included
+    parent: "SharedPrefix | None"
+    num_open: int  # requests whose innermost prefix it is, and prefixes that continue it, that have not ended
+    block_ids: list[int] | None = None  # where its KV is held, after the parent's blocks; None: it is not
+
+
+@dataclass(eq=False, slots=True)
 class Request:
     """Prompt, output and progress of one sequence. Only the Scheduler changes it.
 
@@ -30,6 +43,7 @@ class Request:
     priority: int = 0  # lower goes first under the priority policy
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     seed: int = 0  # of the sampling noise, in [0, 2**64)
+    shared_prefix: SharedPrefix | None = None  # the innermost one of its batch
 
     token_ids: list[int] = field(init=False)  # prompt + output
     num_prompt_tokens: int = field(init=False)

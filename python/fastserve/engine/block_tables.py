@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which KV cache blocks a request holds, and which of them it shares.
 
-Invariant between two steps: a block's ref_count is the number of block tables that contain it. A request
+Invariant between two steps: a block's ref_count is the number of block tables that contain it, and of held
+prefixes (`prefix_holds.py`). A request
 writes only into blocks that it took itself and that were in no other table before the step; a block enters
 the prefix tree in the step that fills it and is never written again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -154,9 +155,9 @@ class BlockTables:
         request.num_computed_tokens = 0
         request.tree_node, request.num_tree_blocks = None, 0
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Proves that `requests` hold exactly the blocks that are in use; raises AssertionError with the
-        values."""
+    def check(self, requests: Sequence[Request], held: Iterable[int] = ()) -> None:
+        """Proves that `requests`, and references to the blocks `held`, are exactly what uses blocks; raises
+        AssertionError with the values."""
         self.pool.check()
         if self.tree is not None:
             self.tree.check()
@@ -165,5 +166,7 @@ class BlockTables:
             assert len(request.block_ids) >= -(-request.num_computed_tokens // self.block_size), request
             for block_id in request.block_ids:
                 expected[block_id] += 1
+        for block_id in held:
+            expected[block_id] += 1
         counted = [self.pool.ref_count(block_id) for block_id in range(self.pool.num_blocks)]
         assert counted == expected, f"ref_counts {counted} differ from block tables {expected}"

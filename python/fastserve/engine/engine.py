@@ -2,7 +2,7 @@
 """The engine loop: schedule a step, run it, hand out the tokens."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from fastserve.engine.scheduler import Scheduler, SchedulerStats, StepItem, Step
 from fastserve.errors import FastserveError, InvalidRequest
 from fastserve.outputs import NOT_A_NUMBER, NOTHING_ALLOWED, RequestOutput, SampledToken
 from fastserve.policies import get_policy
-from fastserve.request import Request
+from fastserve.request import Request, SharedPrefix
 
 MAX_CACHE_SALT_CHARS = 256
 _SAMPLING_FAILURES = {
@@ -99,18 +99,23 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        index: int | str | None = None,
+        shared_prefix: SharedPrefix | None = None,
     ) -> None:
         """Queues a request. InvalidRequest: it can never run. QueueFull: try again later. Either leaves no
         trace.
 
-        Its n completions are sequences of their own, which meet in the prefix tree.
+        Its n completions are sequences of their own, which meet in the prefix tree. `index` takes the place of the
+        request's number in the order of arrival, of which its seed is made if it brings none. `shared_prefix` is the
+        innermost of the prefixes that it shares in its batch; `end_batch` must follow.
         """
         self.check_request(prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
         ids = [request_id] if params.n == 1 else [f"{request_id}#{i}" for i in range(params.n)]
         if request_id in self._outputs:
             raise InvalidRequest(f"{request_id!r}: a request of this id exists; ids must be unique")
         now, tokens = self.clock(), list(prompt_token_ids)
-        seed = _mixed_seed(self.config.seed, self._num_added) if params.seed is None else params.seed % 2**64
+        index = self._num_added if index is None else index
+        seed = _mixed_seed(self.config.seed, index) if params.seed is None else params.seed % 2**64
         requests = [
             Request(
                 request_id=sequence_id,
@@ -120,6 +125,7 @@ class Engine:
                 priority=priority,
                 cache_salt=cache_salt,
                 seed=seed if i == 0 else _mixed_seed(seed, i),
+                shared_prefix=shared_prefix,
             )
             for i, sequence_id in enumerate(ids)
         ]
@@ -129,10 +135,20 @@ class Engine:
                 self.scheduler.add(request)
         except BaseException:
             for request in requests:
+                request.shared_prefix = None  # its place in the batch stays open
                 self.scheduler.abort(request.request_id)
             self._outputs.forget(request_id)
             raise
         self._num_added += 1
+
+    def end_batch(self, prefixes: Iterable[SharedPrefix]) -> None:
+        """When the last request of a batch has ended, or no more of them come: its prefixes are no longer held."""
+        self.scheduler.drop_prefixes(prefixes)
+
+    @property
+    def num_added(self) -> int:
+        """Requests so far: the index of the next."""
+        return self._num_added
 
     def check_request(
         self,
@@ -207,6 +223,6 @@ class Engine:
                 self.scheduler.finish(request, "stop", stop)
 
 
-def _mixed_seed(seed: int, index: int) -> int:
+def _mixed_seed(seed: int, index: int | str) -> int:
     """A seed in [0, 2**64) for the index-th of a family; neighbours have nothing in common."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little")

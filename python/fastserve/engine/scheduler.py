@@ -11,16 +11,17 @@ policy:
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 from fastserve.config import EngineConfig
 from fastserve.engine.block_tables import BlockPool, BlockTables, Insertion, PrefixTree
+from fastserve.engine.prefix_holds import PrefixHolds
 from fastserve.engine.waiting import WaitingQueue
 from fastserve.errors import InvalidRequest, QueueFull
 from fastserve.policies import Memory, Policy
-from fastserve.request import Request, RequestStatus
+from fastserve.request import Request, RequestStatus, SharedPrefix
 
 _queue_key = attrgetter("queue_key")
 
@@ -96,6 +97,7 @@ class Scheduler:
         self._policy = policy
         self._max_chunk = config.max_chunk_tokens or config.max_num_batched_tokens
         self._blocks = BlockTables(pool, tree, config.block_size)
+        self._holds = PrefixHolds(self._blocks)
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingQueue()
         self._running: list[Request] = []  # sorted by queue_key: the last one is the first to be preempted
@@ -142,6 +144,10 @@ class Scheduler:
             raise RuntimeError(f"request {request.request_id!r} cannot end while a step is running")
         self._finish(request, reason, stop_reason)
 
+    def drop_prefixes(self, prefixes: Iterable[SharedPrefix]) -> None:
+        """The batch of these prefixes is over: they are held no longer, though requests of it may never have come."""
+        self._holds.drop(prefixes)
+
     def has_work(self) -> bool:
         return bool(self._requests)
 
@@ -184,6 +190,7 @@ class Scheduler:
             request = item.request
             self._blocks.settle(request, insertion)
             request.num_computed_tokens += item.num_new_tokens
+            self._holds.keep(request)
             if token_id is not None:
                 self._append(request, token_id, now)
                 advanced.append(request)
@@ -234,7 +241,7 @@ class Scheduler:
         for request in self._requests.values():
             assert request.num_uncomputed_tokens >= 1, request
             assert request.status is RequestStatus.RUNNING or not request.block_ids, request
-        self._blocks.check(self._running)
+        self._blocks.check(self._running, self._holds.block_ids())
 
     # -- the parts of a step ---------------------------------------------------------------------------------
 
@@ -242,10 +249,13 @@ class Scheduler:
         """Gives `request` its share of the step.
 
         Where no block is left for even one token, the last running request loses its blocks; if that one is
-        part of the step already, or is `request` itself, `request` goes back to waiting.
+        part of the step already, or is `request` itself, `request` goes back to waiting. Prefixes are held through
+        this, unless `request` is the only one that runs: it has to go on.
         """
         wanted = min(request.num_uncomputed_tokens, step.budget, self._max_chunk)
         while (num_tokens := self._blocks.reserve(request, wanted)) == 0:
+            if len(self._running) == 1 and self._holds.drop():
+                continue
             last = self._running[-1]
             victim = request if last.request_id in step.carried else last
             self._preempt(victim)
@@ -335,6 +345,7 @@ class Scheduler:
             if request.first_scheduled_s is not None:
                 self._ended.append(request.request_id)
             request.status = RequestStatus.FINISHED
+            self._holds.leave(request)
             del self._requests[request.request_id]
         request.finish_reason, request.stop_reason = reason, stop_reason
 
