@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace DIR if it is a model folder already")
     convert.set_defaults(run=_convert)
 
+    _add_quantize_parser(commands)
+
     doctor = commands.add_parser(
         "doctor",
         help="what this machine and this build can do",
@@ -123,6 +125,28 @@ def _add_bench_parser(commands: Any) -> None:
     )
     bench_serve.add_arguments(serve)
     serve.set_defaults(run=bench_serve.run)
+
+
+def _add_quantize_parser(commands: Any) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="make an int4 copy of a model",
+        description="Write an int4 copy of a model folder. A run that was interrupted is taken up where it was by the "
+        "same command. With --text the perplexity before and after is printed, on tokens that calibrated nothing.",
+    )
+    quantize.add_argument("model", help="a model folder (Hugging Face layout, safetensors), not quantised")
+    quantize.add_argument("dir", help="the folder to write")
+    quantize.add_argument("--method", default="rtn", help="rtn (round to nearest) or gptq (default: rtn)")
+    quantize.add_argument("--form", default="minimums", help="symmetric, zero-points or minimums (default: minimums)")
+    quantize.add_argument(
+        "--group-size", type=int, default=32, help="inputs that share a scale: 32, 64, 128, -1 = a row (default: 32)"
+    )
+    quantize.add_argument("--text", help="a UTF-8 text file: calibrates gptq, and measures the perplexity")
+    quantize.add_argument("--calibration-tokens", type=int, default=65536, help="of --text (default: %(default)s)")
+    quantize.add_argument("--eval-tokens", type=int, default=16384, help="of --text, after those; 0: none")
+    quantize.add_argument("--num-threads", type=int, help="threads (default: the physical cores)")
+    quantize.add_argument("--force", action="store_true", help="replace DIR if it is a model folder already")
+    quantize.set_defaults(run=_quantize)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -289,6 +313,66 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     print(out)
     return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from fastserve.errors import InvalidRequest
+    from fastserve.tokenizer import Tokenizer
+    from fastserve.weights.quantize import QuantizeSettings, quantize_model
+
+    settings = QuantizeSettings(arguments.method, arguments.form, arguments.group_size)
+    for name, least in (("calibration_tokens", 2), ("eval_tokens", 0)):
+        if getattr(arguments, name) < least:
+            raise InvalidRequest(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
+    calibration: list[int] = []
+    scored: list[int] = []
+    if arguments.text:
+        from fastserve.evaluate import read_text
+
+        tokens = Tokenizer.from_dir(arguments.model).encode(read_text(arguments.text))
+        split = min(arguments.calibration_tokens, len(tokens) // 2)
+        calibration, scored = tokens[:split], tokens[split : split + arguments.eval_tokens]
+    before = _perplexity_of(arguments, arguments.model, scored, "before") if len(scored) > 1 else None
+    with tqdm(unit="layer", desc="quantize", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        out = quantize_model(
+            arguments.model,
+            arguments.dir,
+            settings,
+            calibration,
+            num_threads=arguments.num_threads,
+            force=arguments.force,
+            progress=progress,
+        )
+    print(out)
+    if before is not None:
+        after = _perplexity_of(arguments, str(out), scored, "after")
+        print(f"perplexity {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%}), {len(scored)} tokens")
+    return 0
+
+
+def _perplexity_of(arguments: argparse.Namespace, folder: str, tokens: list[int], when: str) -> float:
+    from tqdm import tqdm
+
+    from fastserve.evaluate import DEFAULT_CONTEXT, measure_perplexity
+    from fastserve.llm import LLM
+    from fastserve.model_config import ModelConfig
+
+    longest = min(DEFAULT_CONTEXT + 1, ModelConfig.from_dir(folder).max_position_embeddings)
+    options = {"max_model_len": longest, "num_threads": arguments.num_threads, "skip_tokenizer_init": True}
+    with LLM(folder, **options) as llm, tqdm(unit="token", desc=f"perplexity {when}", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return measure_perplexity(llm, tokens, progress=progress).perplexity
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -111,17 +111,21 @@ def measure_perplexity(
     return Perplexity(total, math.fsum(nats), time.perf_counter() - start)
 
 
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file. Raises FastserveError for a file that is no text or too large."""
+    data = read_bytes(Path(path), MAX_TEXT_BYTES)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FastserveError(f"{path}: not a text in UTF-8 (byte {error.start})") from None
+
+
 def read_text_tokens(llm: LLM, path: str | Path, max_tokens: int | None = None) -> list[int]:
-    """The first `max_tokens` (None: all) tokens of a UTF-8 text file, with the tokens that the model's tokenizer puts
-    in front of a text. Raises FastserveError for a file that is no text or too large."""
+    """The first `max_tokens` (None: all) tokens of a text file, with the tokens that the model's tokenizer puts in
+    front of a text. Raises FastserveError as `read_text` does."""
     if max_tokens is not None and max_tokens < 2:
         raise InvalidRequest(f"max_tokens={max_tokens} is not allowed; at least 2 are needed")
     tokenizer = llm.loaded.tokenizer
     if tokenizer is None:
         raise FastserveError("this LLM was opened without a tokenizer, so it cannot read text")
-    data = read_bytes(Path(path), MAX_TEXT_BYTES)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FastserveError(f"{path}: not a text in UTF-8 (byte {error.start})") from None
-    return tokenizer.encode(text)[:max_tokens]
+    return tokenizer.encode(read_text(path))[:max_tokens]

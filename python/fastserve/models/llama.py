@@ -46,13 +46,13 @@ class Model:
         """
         self.config = config
         self.ops = device.ops
-        weights = _Weights(checkpoint, config.quantization, device, precision)
+        weights = self.open_weights(config, checkpoint, device, precision)
         width, head = config.hidden_size, config.head_dim
         embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
         self.embedding = device.upload(embedding)
         self.layers = []
         for index in range(config.num_layers):
-            self.layers.append(_Layer(config, weights, index))
+            self.layers.append(Layer(config, weights, index))
             if progress is not None:
                 progress(index + 1, config.num_layers)
         self.norm = weights.norm("model.norm.weight", width, config.rms_norm_eps)
@@ -65,6 +65,15 @@ class Model:
             self.lm_head = weights.lm_head(weights.take("lm_head.weight", (config.vocab_size, width)))
         weights.check_all_taken()
         self.cos_sin = device.upload(cos_sin_table(config.rope, head, max_model_len))
+
+    @staticmethod
+    def open_weights(config: ModelConfig, checkpoint: Checkpoint, device: Device, precision: Precision) -> Weights:
+        """What `layer` takes its weights from. With it a model can be gone through one layer at a time."""
+        return Weights(checkpoint, config.quantization, device, precision)
+
+    @staticmethod
+    def layer(config: ModelConfig, weights: Weights, index: int) -> Layer:
+        return Layer(config, weights, index)
 
     @property
     def num_bytes(self) -> int:
@@ -101,8 +110,10 @@ class Model:
         return logits
 
 
-class _Layer:
-    def __init__(self, config: ModelConfig, weights: _Weights, index: int) -> None:
+class Layer:
+    """One decoder layer. Its linears are `qkv`, `o`, `gate_up` and `down`."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         width, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
         num_q, num_kv = config.num_heads * head, config.num_kv_heads * head
         prefix = f"model.layers.{index}."
@@ -153,7 +164,7 @@ class _Layer:
         self.down(out, views.gated, workspace)
 
 
-class _Weights:
+class Weights:
     """Takes tensors out of a checkpoint one by one, so that what is left over can be named."""
 
     def __init__(

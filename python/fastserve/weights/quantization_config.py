@@ -121,13 +121,14 @@ def fastserve_config(group_size: int) -> dict[str, Any]:
 
 
 def compressed_tensors_config(group_size: int, symmetric: bool, not_int4: Sequence[str] = ()) -> dict[str, Any]:
-    """The same for weights without minimums, as other engines read it; `not_int4` names linears that stay dense."""
+    """The same for weights without minimums, as other engines read it; `not_int4` names linears that stay dense.
+    A group size of -1: one group per row."""
     weights = {
         "num_bits": 4,
         "type": "int",
         "symmetric": symmetric,
-        "strategy": "group",
-        "group_size": group_size,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
         "dynamic": False,
         "actorder": None,
     }
