@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 import fastserve
 from fastserve.errors import InvalidRequest
 from fastserve.server.answers import ChatCompletion, Completion, whole_answer
-from fastserve.server.errors import ApiError, install_handlers
+from fastserve.server.errors import install_handlers
 from fastserve.server.events import stream_events
 from fastserve.server.middleware import BoundBodies, RequireKey
 from fastserve.server.options import ServeOptions
@@ -208,4 +208,4 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:
-        raise ApiError(404, "there is no icon")
+        return Response(status_code=204)  # there is none; browsers ask

@@ -13,7 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.server.errors import ApiError
 
-OPEN_PATHS = frozenset(["/health", "/ping", "/"])  # "/" is a page that holds no data; what it loads needs a key
+OPEN_PATHS = frozenset(
+    ["/health", "/ping", "/", "/favicon.ico"]
+)  # "/" is a page that holds no data; what it loads needs a key
 
 
 class RequireKey:
