@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server on a free port, in a thread of the test's own process, so that tests can look inside the engine."""
+"""Servers on free ports: in a thread of the test's own process, so that tests can look inside the engine, and as a
+process."""
 
 from __future__ import annotations
 
 import asyncio
+import queue
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -78,3 +82,48 @@ class RunningServer:
             )
         )
         self.engine.scheduler.check()
+
+
+class ServerProcess:
+    """A server process; `code` is Python that runs in it before it serves. Its log is read all the time: a full pipe
+    would stop it."""
+
+    def __init__(self, model_dir: Path, *flags: str, code: str = "") -> None:
+        run = f"{code}\nimport sys; from fastserve.cli import main; sys.exit(main(sys.argv[1:]))"
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", run, "serve", str(model_dir), "--port", "0", "--num-blocks", "64", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = self.wait_for("ready after").split(" on ")[-1].strip()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self.lines.append(line)
+            self._unread.put(line)
+        self._unread.put(None)
+
+    def wait_for(self, text: str) -> str:
+        """The next line of the log that holds `text`."""
+        while (line := self._unread.get(timeout=60)) is not None:
+            if text in line:
+                return line
+        raise AssertionError("".join(self.lines))
+
+    def end(self) -> tuple[int, str]:
+        """Waits for the process to exit; its status and the whole log."""
+        status = self.popen.wait(timeout=60)
+        self._reader.join(60)
+        return status, "".join(self.lines)
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        self._reader.join(60)
+        if self.popen.stderr is not None:
+            self.popen.stderr.close()

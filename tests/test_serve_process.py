@@ -18,6 +18,7 @@ import pytest
 
 from fastserve.cli import _parser, main
 from fastserve.server.options import read_options
+from serving import ServerProcess as Process
 from tiny_models import make_tiny_checkpoint
 
 BODY = {"prompt": [5, 6, 7], "ignore_eos": True, "temperature": 0}
@@ -28,39 +29,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-class Process:
-    """A server process; `code` is Python that runs in it before it serves."""
-
-    def __init__(self, tiny_dir: Path, *flags: str, code: str = "") -> None:
-        run = f"{code}\nimport sys; from fastserve.cli import main; sys.exit(main(sys.argv[1:]))"
-        self.popen = subprocess.Popen(
-            [sys.executable, "-c", run, "serve", str(tiny_dir), "--port", "0", "--num-blocks", "64", *flags],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self.url = self.wait_for("ready after").split(" on ")[-1].strip()
-
-    def wait_for(self, text: str) -> str:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.lines.append(line)
-            if text in line:
-                return line
-        raise AssertionError("".join(self.lines))
-
-    def end(self) -> tuple[int, str]:
-        _, rest = self.popen.communicate(timeout=60)
-        return self.popen.returncode, "".join(self.lines) + rest
-
-
 @pytest.fixture
 def processes() -> Iterator[list[Process]]:
     started: list[Process] = []
     yield started
     for process in started:
-        process.popen.kill()
-        process.popen.communicate()
+        process.kill()
 
 
 SLOW = (
