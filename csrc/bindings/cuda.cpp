@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"
+#include "layout/int4_fragment.h"
+#include "layout/stripes.h"
 #if defined(FS_CUDA)
 #include "cuda/devices.h"
 #endif
@@ -34,6 +36,33 @@ void bind_cuda(py::module_& module) {
         return devices;
       },
       "The CUDA devices that ops can run on, as dicts; empty without a driver, a device or CUDA kernels.");
+  module.def(
+      "cuda_packed_int4_shape",
+      [](int64_t num_rows, int64_t depth, int64_t group_size, int64_t form) {
+        constexpr const char* name = "cuda_packed_int4_shape";
+        FS_CHECK(num_rows >= 0 && depth >= 0, name << ": N is " << num_rows << ", K is " << depth);
+        check_group_size(name, depth, group_size);
+        const Int4Layout layout = int4_layout(num_rows, depth, group_size, int4_form(name, form));
+        return py::make_tuple(layout.num_panels, layout.panel_bytes());
+      },
+      py::arg("N"), py::arg("K"), py::arg("group_size"), py::arg("form"),
+      "The shape, uint8 [P, B], of a weight [N, K] packed by `pack_int4` on a CUDA device. form: 0 "
+      "symmetric,\n"
+      "1 zero points, 2 minimums.");
+  module.def(
+      "cuda_int4_workspace_bytes",
+      [](int64_t max_tokens, int64_t depth, int num_multiprocessors, bool reorders) {
+        FS_CHECK(max_tokens >= 0 && depth >= 0 && num_multiprocessors > 0,
+                 "cuda_int4_workspace_bytes: max_tokens is " << max_tokens << ", K is " << depth
+                                                             << ", num_multiprocessors is "
+                                                             << num_multiprocessors);
+        return stripes_workspace_bytes(max_tokens, depth, num_multiprocessors, reorders);
+      },
+      py::arg("max_tokens"), py::arg("K"), py::arg("num_multiprocessors"), py::arg("reorders"),
+      "Bytes of workspace that `linear_int4` needs on a CUDA device for at most max_tokens rows of K "
+      "inputs;\n"
+      "`reorders`: with an input_order. Its content must be zero at first, and belongs to the op after "
+      "that.");
 }
 
 }  // namespace fs

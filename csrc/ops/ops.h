@@ -103,9 +103,9 @@ struct PackInt4 {
 // input_order[k]. activation_bits says what is multiplied:
 //   16   the activations as they are (rounded to bfloat16 where the instruction set multiplies in bfloat16)
 //   8    on the CPU: activations rounded to 8 bits in groups of 32 inputs, x ~ s * q with s = max|x| / 127
-//   and
-//        integers q in [-127, 127] to nearest even; a row with NaN or infinity is NaN throughout. On CUDA as
-//        16
+//        and integers q in [-127, 127] to nearest even; a row with NaN or infinity is NaN throughout. On CUDA
+//        as 16
+// On CUDA the workspace begins with counters that must be zero at its first use and are zero after each call.
 struct LinearInt4 {
   Tensor out, x, packed, bias, input_order, workspace;
   int64_t group_size, form, activation_bits;
@@ -119,7 +119,7 @@ struct LinearInt4 {
         tensor(&LinearInt4::packed, "packed", "P B", DType::u8),
         tensor(&LinearInt4::bias, "bias", "N", DType::f32).maybe(),
         tensor(&LinearInt4::input_order, "input_order", "K", DType::i32).maybe(),
-        tensor(&LinearInt4::workspace, "workspace", "W", DType::u8, Access::write),
+        tensor(&LinearInt4::workspace, "workspace", "W", DType::u8, Access::update),
         scalar(&LinearInt4::group_size, "group_size"),
         scalar(&LinearInt4::form, "form"),
         scalar(&LinearInt4::activation_bits, "activation_bits"),

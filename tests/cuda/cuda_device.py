@@ -16,6 +16,7 @@ import torch
 from fastserve import _native
 
 ROOT = Path(__file__).resolve().parents[2]
+SIMULATED_MULTIPROCESSORS = 8
 ASYNC_MODES = {"late": 0, "early": 1, "random": 2}
 
 
@@ -40,13 +41,14 @@ class SimulatedDevice:
         self.name = f"simulated-{async_mode}" + (f"-seed{seed}" if seed else "")
         self.async_mode = ASYNC_MODES[async_mode]
         self.seed = seed
+        self.num_multiprocessors = SIMULATED_MULTIPROCESSORS
 
     def ops(self) -> list[str]:
         return self.module.ops()
 
     def run(self, op: str, arguments: dict[str, Any]) -> None:
         """Outputs are written into the given CPU tensors. Raises ValueError, also for what the device reports."""
-        self.module.configure(self.async_mode, self.seed)
+        self.module.configure(self.async_mode, self.seed, self.num_multiprocessors)
         self.module.run(op, arguments)
 
     def counters(self) -> list[dict[str, Any]]:
@@ -58,6 +60,9 @@ class Gpu:
     """Runs ops on the first CUDA device."""
 
     name = "gpu"
+
+    def __init__(self) -> None:
+        self.num_multiprocessors: int = _native.cuda_devices()[0]["multiprocessors"]
 
     def ops(self) -> list[str]:
         return [row["op"] for row in _native.op_table() if row["cuda"]]

@@ -251,9 +251,10 @@ PYBIND11_MODULE(_native_sim, m) {
       "The ops that have a CUDA kernel.");
   m.def(
       "configure",
-      [](int async_mode, uint64_t seed) {
+      [](int async_mode, uint64_t seed, int multiprocessors) {
         ptxsim_config config;
         ptxsim_get_config(&config);
+        config.multiprocessors = multiprocessors;
         config.async_mode = async_mode;
         config.seed = seed;
         config.check_uninit = 1;
@@ -262,8 +263,8 @@ PYBIND11_MODULE(_native_sim, m) {
         config.counters = 1;
         ptxsim_set_config(&config);
       },
-      py::arg("async_mode"), py::arg("seed"),
+      py::arg("async_mode"), py::arg("seed"), py::arg("multiprocessors") = 8,
       "Async copies land late (0), early (1) or at random (2); a seed other than 0 shuffles blocks and "
-      "warps.");
+      "warps; the device has so many multiprocessors.");
   m.def("counters", [] { return std::string(ptxsim_counters_json()); }, "Counters of the last op, as JSON.");
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_cases import CUDA_CASES
 from cuda_device import Gpu, SimulatedDevice, find_devices
+from int4_cases import INT4_CASES
 from linear_cases import LINEAR_CASES
 from narrowed import ACTIVATIONS, narrowed
 
@@ -23,7 +24,7 @@ DEVICES = find_devices()
 ON_CUDA = set(DEVICES[0].ops()) if DEVICES else set()
 SEED = 20240607
 # Ops whose CPU cases state the CPU's own layout of the KV cache or of weights.
-OTHER_LAYOUT = {"rope_kv_write", "attention", "linear", "pack_linear"}
+OTHER_LAYOUT = {"rope_kv_write", "attention", "linear", "pack_linear", "linear_int4", "pack_int4"}
 
 
 def all_cases() -> list[OpCase]:
@@ -34,7 +35,7 @@ def all_cases() -> list[OpCase]:
         cases.append(case)
         if case.op in ACTIVATIONS:
             cases += [narrowed(case, dtype) for dtype in (torch.float16, torch.bfloat16)]
-    return cases + [case for case in CUDA_CASES + LINEAR_CASES if case.op in ON_CUDA]
+    return cases + [case for case in CUDA_CASES + LINEAR_CASES + INT4_CASES if case.op in ON_CUDA]
 
 
 def make(case: OpCase) -> Arguments:
