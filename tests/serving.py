@@ -19,7 +19,7 @@ import openai
 from fastserve import AsyncLLM
 from fastserve.server.app import make_app
 from fastserve.server.options import ServeOptions
-from fastserve.server.serve import _listen, http_server, make_service
+from fastserve.server.serve import _listen, http_server, make_batches, make_service
 
 
 class RunningServer:
@@ -34,12 +34,15 @@ class RunningServer:
 
     async def _serve(self) -> None:
         self.service = make_service(self.llm, self._model, self.options)
-        self.app = make_app(self.service, self.options)
+        self.batches = make_batches(self.service, self.options)
+        self.app = make_app(self.service, self.options, self.batches)
         self._server = http_server(self.app, self.options)
         sockets = _listen(self.options)
         self.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         self._ready.set()
         await self._server.serve(sockets=sockets)
+        if self.batches is not None:
+            await self.batches.stop()
 
     def __enter__(self) -> RunningServer:
         self._thread.start()

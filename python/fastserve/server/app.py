@@ -16,6 +16,8 @@ from starlette.middleware.cors import CORSMiddleware
 import fastserve
 from fastserve.errors import InvalidRequest
 from fastserve.server.answers import ChatCompletion, Completion, whole_answer
+from fastserve.server.batch_api import add_batch_endpoints
+from fastserve.server.batches import Batches
 from fastserve.server.errors import install_handlers
 from fastserve.server.events import stream_events
 from fastserve.server.middleware import BoundBodies, RequireKey
@@ -62,12 +64,12 @@ class Version(BaseModel):
     version: str
 
 
-STATUSES = (400, 401, 404, 408, 413, 415, 429, 500, 503)
+STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in STATUSES}
 EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def make_app(service: Service, options: ServeOptions) -> FastAPI:
+def make_app(service: Service, options: ServeOptions, batches: Batches | None = None) -> FastAPI:
     """The ASGI application. `service` must have been made on the event loop that runs it."""
     app = FastAPI(
         title="fastserve",
@@ -80,7 +82,14 @@ def make_app(service: Service, options: ServeOptions) -> FastAPI:
     _add_generation(app, service, options)
     _add_tokens(app, service)
     _add_operation(app, service)
-    app.add_middleware(BoundBodies, max_bytes=options.max_body_bytes, max_s=options.body_timeout)
+    add_batch_endpoints(app, batches)
+    app.add_middleware(
+        BoundBodies,
+        max_bytes=options.max_body_bytes,
+        max_s=options.body_timeout,
+        max_file_bytes=options.max_file_bytes,
+        origins=options.allowed_origins,
+    )
     if options.api_key:
         app.add_middleware(RequireKey, keys=options.api_key)
     if options.allowed_origins:

@@ -13,9 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.server.errors import ApiError
 
-OPEN_PATHS = frozenset(
-    ["/health", "/ping", "/", "/favicon.ico"]
-)  # "/" is a page that holds no data; what it loads needs a key
+OPEN_PATHS = frozenset(("/health", "/ping", "/", "/favicon.ico"))
+UPLOAD_PATH = "/v1/files"
 
 
 class RequireKey:
@@ -47,16 +46,27 @@ class RequireKey:
 
 
 class BoundBodies:
-    """Reads a request's body before anything else sees it: at most `max_bytes`, within `max_s` seconds, and JSON."""
+    """Reads a request's body before anything else sees it: at most `max_bytes`, within `max_s` seconds, and JSON.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float) -> None:
+    A file that is uploaded goes through piece by piece: at most `max_file_bytes`, with at most `max_s` seconds between
+    two pieces, and not from a page of another origin than `origins`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, max_s: float, max_file_bytes: int, origins: Sequence[str] = ()
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._max_s = max_s
+        self._max_file_bytes = max_file_bytes
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
+            return
+        if (scope["method"], scope["path"]) == ("POST", UPLOAD_PATH):
+            await self._upload(scope, receive, send)
             return
         try:
             body = await asyncio.wait_for(self._read(Headers(scope=scope), receive), self._max_s)
@@ -78,10 +88,32 @@ class BoundBodies:
 
         await self._app(scope, replay, send)
 
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin and origin.partition("://")[2] != headers.get("host") and origin not in self._origins:
+            # Any page can make a browser post a form.
+            await ApiError(403, "files are not taken from pages of other origins").response()(scope, receive, send)
+            return
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            try:
+                message = await asyncio.wait_for(receive(), self._max_s)
+            except asyncio.TimeoutError:
+                raise ApiError(408, f"no part of the file arrived for {self._max_s:g} s") from None
+            size += len(message.get("body", b""))
+            if size > self._max_file_bytes:
+                raise self._too_large(self._max_file_bytes)
+            return message
+
+        await self._app(scope, bounded, send)
+
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_bytes:
-            raise self._too_large()
+            raise self._too_large(self._max_bytes)
         pieces: list[bytes] = []
         size = 0
         while True:
@@ -91,7 +123,7 @@ class BoundBodies:
             pieces.append(message.get("body", b""))
             size += len(pieces[-1])
             if size > self._max_bytes:
-                raise self._too_large()
+                raise self._too_large(self._max_bytes)
             if not message.get("more_body", False):
                 break
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -100,5 +132,6 @@ class BoundBodies:
             raise ApiError(415, f"the body's Content-Type is {kind[:100]!r}; it must be application/json")
         return b"".join(pieces)
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._max_bytes} bytes, the most that is allowed")
+    @staticmethod
+    def _too_large(max_bytes: int) -> ApiError:
+        return ApiError(413, f"the body is larger than {max_bytes} bytes, the most that is allowed")

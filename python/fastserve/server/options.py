@@ -72,6 +72,8 @@ class ServeOptions:
     shutdown_timeout: float = _option(30.0, _seconds, "seconds that running requests get after SIGTERM")
     max_body_bytes: int = _option(8 * 2**20, int, "largest request body")
     body_timeout: float = _option(30.0, _seconds, "seconds that a request body may take to arrive")
+    batch_dir: str | None = _option(None, str, "folder for files and batches (default: these endpoints are off)")
+    max_file_bytes: int = _option(200 * 2**20, int, "largest file that can be uploaded")
     keep_alive_comment: float = _option(15.0, _seconds, "seconds of silence in a stream after which a comment is sent")
     max_step_seconds: float = _option(120.0, _seconds, "health fails when one engine step takes longer")
     keep_alive_on_engine_death: bool = _option(False, _flag, "go on answering 503 when the engine has died")

@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from fastserve.async_llm import AsyncLLM
 from fastserve.errors import FastserveError
 from fastserve.server.app import make_app
+from fastserve.server.batches import Batches
 from fastserve.server.metrics import Metrics
 from fastserve.server.options import ServeOptions
 from fastserve.server.service import Service
@@ -47,6 +48,15 @@ def make_service(llm: AsyncLLM, model: str, options: ServeOptions) -> Service:
     metrics = Metrics(llm, names[0], num_open, options.enable_vllm_metrics)
     service = Service(llm, names, metrics, max_step_s=options.max_step_seconds, tool_format=options.tool_call_parser)
     return service
+
+
+def make_batches(service: Service, options: ServeOptions) -> Batches | None:
+    """Files and batches, at work already; None when they have no folder. Call it on the event loop that will serve."""
+    if options.batch_dir is None:
+        return None
+    batches = Batches(service, Path(options.batch_dir))
+    batches.start()
+    return batches
 
 
 class HttpServer(uvicorn.Server):
@@ -93,8 +103,9 @@ def serve(model: str, options: ServeOptions) -> int:
 
 async def _serve(llm: AsyncLLM, model: str, options: ServeOptions, begin: float) -> int:
     service = make_service(llm, model, options)
-    server = http_server(make_app(service, options), options)
-    lifecycle = Lifecycle(service, server, options)
+    batches = make_batches(service, options)
+    server = http_server(make_app(service, options, batches), options)
+    lifecycle = Lifecycle(service, server, options, batches)
     lifecycle.install()
     sockets = _listen(options)
     for line in llm.loaded.runner.memory_plan.table().splitlines():
@@ -136,8 +147,11 @@ def _listen(options: ServeOptions) -> list[socket.socket]:
 class Lifecycle:
     """What ends the server: signals, and the engine's death."""
 
-    def __init__(self, service: Service, server: HttpServer, options: ServeOptions) -> None:
+    def __init__(
+        self, service: Service, server: HttpServer, options: ServeOptions, batches: Batches | None = None
+    ) -> None:
         self._service = service
+        self._batches = batches
         self._server = server
         self._options = options
         self._death: BaseException | None = None
@@ -176,6 +190,8 @@ class Lifecycle:
         self._draining = self._loop.create_task(self._drain(timeout))
 
     async def _drain(self, timeout: float) -> None:
+        if self._batches is not None:
+            await self._batches.stop()  # the next process goes on with them
         try:
             await asyncio.wait_for(self._service.wait_until_idle(), timeout)
         except asyncio.TimeoutError:
