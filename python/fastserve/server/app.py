@@ -29,7 +29,8 @@ from fastserve.server.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from fastserve.server.service import Job, Service
+from fastserve.server.jobs import Job
+from fastserve.server.service import Service
 from fastserve.server.wire import ClientLeft, EventStream, unless_client_leaves
 
 AnyRequest = TypeVar("AnyRequest", CompletionRequest, ChatCompletionRequest)

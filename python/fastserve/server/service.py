@@ -9,16 +9,14 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
-from typing import Any
 
 from fastserve.async_llm import AsyncLLM
-from fastserve.chat_template import render_chat
 from fastserve.config import SamplingParams
 from fastserve.errors import EngineDead, FastserveError, InvalidRequest, QueueFull
 from fastserve.inputs import Prompt
 from fastserve.outputs import RequestOutput
 from fastserve.server.errors import ApiError
+from fastserve.server.jobs import Job, chat_prompt, make_job
 from fastserve.server.metrics import Metrics
 from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from fastserve.server.tool_calls import format_of_template
@@ -27,16 +25,6 @@ from fastserve.tokenizer import Tokenizer
 log = logging.getLogger("fastserve.server")
 
 MAX_COMPILE_S = 10.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that is ready to run: its prompts as token ids, and how to sample."""
-
-    request: CompletionRequest | ChatCompletionRequest
-    prompts: list[Prompt]
-    params: SamplingParams
-    arrival_s: float  # monotonic, before tokenising
 
 
 class Service:
@@ -117,30 +105,15 @@ class Service:
     # -- prompts ----------------------------------------------------------------------------------------------------
 
     async def completion_job(self, request: CompletionRequest, arrival_s: float) -> Job:
-        params = request.sampling_params(self.llm.loaded.default_sampling_params())
-        special = request.add_special_tokens is not False
-        given = request.prompts()
-
-        def tokenise() -> list[Prompt]:
-            return [self.llm.loaded.prompt(one, add_special_tokens=special) for one in given]
-
-        prompts = await asyncio.to_thread(tokenise)
-        await self._compile(params)
-        return self._checked(Job(request, prompts, params, arrival_s))
+        return await self._job(request, arrival_s)
 
     async def chat_job(self, request: ChatCompletionRequest, arrival_s: float) -> Job:
-        params = request.sampling_params(self.llm.loaded.default_sampling_params())
-        if request.tools and request.choice == "auto":
-            if self.tool_format is None:
-                raise InvalidRequest(
-                    "this model's chat template has no known format for tool calls; start the server with "
-                    "--tool-call-parser, or demand a call with tool_choice"
-                )
-            if self.tool_format == "mistral":  # its mark is a special token
-                params = replace(params, skip_special_tokens=False)
-        prompt = await asyncio.to_thread(self.chat_prompt, request, request.add_special_tokens)
-        await self._compile(params)
-        return self._checked(Job(request, [prompt], params, arrival_s))
+        return await self._job(request, arrival_s)
+
+    async def _job(self, request: CompletionRequest | ChatCompletionRequest, arrival_s: float) -> Job:
+        job = await asyncio.to_thread(make_job, self.llm.loaded, request, arrival_s, self.tool_format)
+        await self._compile(job.params)
+        return job
 
     async def _compile(self, params: SamplingParams) -> None:
         """Compiles what the output must match, off the event loop and for a bounded time."""
@@ -154,41 +127,7 @@ class Service:
 
     def chat_prompt(self, request: ChatCompletionRequest | TokenizeRequest, add_special_tokens: bool) -> Prompt:
         """Renders and tokenises a conversation; takes a while, so not on the event loop."""
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
-            raise InvalidRequest("this model has no chat template; use /v1/completions")
-        text = render_chat(
-            tokenizer.chat_template,
-            [message.for_template() for message in request.messages or []],
-            add_generation_prompt=request.add_generation_prompt,
-            tools=request.template_tools() if isinstance(request, ChatCompletionRequest) else None,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-            **_checked_kwargs(request.chat_template_kwargs),
-        )
-        return self.llm.loaded.prompt(text, add_special_tokens=add_special_tokens)
-
-    def _checked(self, job: Job) -> Job:
-        """What can be refused is refused here: once a stream has begun, its status is 200."""
-        engine, request = self.llm.loaded.engine, job.request
-        for prompt in job.prompts:
-            num_prompt, num_output = len(prompt.token_ids), job.params.max_tokens
-            if num_prompt + (num_output or 1) > self.max_len:
-                asked = "at least 1 for the answer" if num_output is None else f"{num_output} for the answer"
-                raise ApiError(
-                    400,
-                    f"This model's maximum context length is {self.max_len} tokens. However, you requested "
-                    f"{num_prompt + (num_output or 1)} tokens ({num_prompt} in the prompt, {asked}). "
-                    "Please shorten the prompt or ask for fewer tokens.",
-                    param="messages" if isinstance(request, ChatCompletionRequest) else "prompt",
-                    code="context_length_exceeded",
-                )
-            engine.check_request(
-                prompt.token_ids, job.params, priority=request.priority, cache_salt=request.cache_salt or ""
-            )
-        if request.priority and self.llm.loaded.config.policy != "priority":
-            raise InvalidRequest("priority is only allowed with --scheduling-policy priority")
-        return job
+        return chat_prompt(self.llm.loaded, request, add_special_tokens)
 
     # -- generation -------------------------------------------------------------------------------------------------
 
@@ -255,13 +194,6 @@ class Service:
             raise
         finally:
             account.close(len(prompt.token_ids), self.metrics)
-
-
-def _checked_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
-    from fastserve.chat_template import check_template_kwargs
-
-    check_template_kwargs(given or {})
-    return given or {}
 
 
 class _Account:
