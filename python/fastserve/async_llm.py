@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastserve.config import SamplingParams
 from fastserve.engine.load import LoadedEngine, load_engine
 from fastserve.errors import EngineDead, FastserveError
 from fastserve.outputs import RequestOutput
+from fastserve.request import SharedPrefix
 from fastserve.tokenizer import Tokenizer
 
 
@@ -60,12 +61,15 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        index: int | str | None = None,
+        shared_prefix: SharedPrefix | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Stream the outputs of one prompt (forms as in `LLM.generate`).
 
         With output_kind DELTA each output carries only what is new, with CUMULATIVE everything so far, with
         FINAL_ONLY there is one. Text never ends in half a character and never holds a stop string or what follows
-        it. Leaving the loop early, or cancelling the task, aborts the request and frees its blocks. Raises
+        it. Leaving the loop early, or cancelling the task, aborts the request and frees its blocks. `index` and
+        `shared_prefix` are those of a batch that was planned (`Engine.add_request`); `end_batch` must follow. Raises
         InvalidRequest, QueueFull or EngineDead.
         """
         params = sampling_params or self._loaded.default_sampling_params()
@@ -79,7 +83,8 @@ class AsyncLLM:
             try:
                 self._loaded.engine.add_request(
                     stream.request_id, ready.token_ids, params,
-                    prompt=ready.text, priority=priority, cache_salt=cache_salt,
+                    prompt=ready.text, priority=priority, cache_salt=cache_salt, index=index,
+                    shared_prefix=shared_prefix,
                 )  # fmt: skip
                 self._streams[stream.request_id] = stream
             except Exception as error:
@@ -102,6 +107,11 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request: its stream gets a last output with finish_reason "abort". Unknown ids are ignored."""
         self._command(lambda: self._abort(self._streams.get(request_id)))
+
+    def end_batch(self, prefixes: Iterable[SharedPrefix]) -> None:
+        """The batch of these prefixes is over, however it ended: its prefixes are no longer held."""
+        dropped = list(prefixes)
+        self._command(lambda: self._loaded.engine.end_batch(dropped))
 
     async def check_health(self, max_step_s: float = float("inf")) -> None:
         """Raises EngineDead, with the cause, when the engine thread has stopped, or works on one step for longer

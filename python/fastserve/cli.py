@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastserve
 from fastserve.bench import serve as bench_serve
-from fastserve.server.options import add_serve_arguments
+from fastserve.server.options import TOOL_FORMATS, add_serve_arguments
 
 if TYPE_CHECKING:
     from fastserve.config import SamplingParams
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="a system message")
     chat.set_defaults(run=_chat)
 
+    _add_batch_parser(commands)
     _add_eval_parser(commands)
     _add_bench_parser(commands)
 
@@ -95,6 +96,31 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--ops", action="store_true", help="also the table of ops, devices and dtypes")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_batch_parser(commands: Any) -> None:
+    batch = commands.add_parser(
+        "run-batch",
+        help="answer a file of OpenAI API requests",
+        description="Answer a batch file: JSON lines with custom_id, method, url and body, for /v1/chat/completions "
+        "and /v1/completions. Results are written as they complete, in any order, and survive a kill.",
+    )
+    _add_model_arguments(batch, optional=True)
+    batch.add_argument("--model", dest="model_option", metavar="MODEL", help="the model folder, as vLLM has it")
+    batch.add_argument("-i", "--input-file", required=True, help="the batch, JSON lines")
+    batch.add_argument("-o", "--output-file", required=True, help="the results, JSON lines")
+    how = batch.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with results that an earlier run began")
+    how.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    batch.add_argument(
+        "--served-model-name", action="append", help="what a body's model may be, may be repeated (default: the folder)"
+    )
+    batch.add_argument("--tool-call-parser", choices=TOOL_FORMATS, help="(default: what the chat template shows)")
+    batch.add_argument(
+        "--batch-order", choices=("prefix", "arrival"), default="prefix",
+        help="prefix: lines that begin alike run together; arrival: as they stand (default: prefix)",
+    )  # fmt: skip
+    batch.set_defaults(run=_run_batch)
 
 
 def _add_eval_parser(commands: Any) -> None:
@@ -149,8 +175,10 @@ def _add_quantize_parser(commands: Any) -> None:
     quantize.set_defaults(run=_quantize)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model folder (Hugging Face layout, safetensors)")
+def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "model", nargs="?" if optional else None, help="a model folder (Hugging Face layout, safetensors)"
+    )
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
@@ -177,13 +205,13 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int | N
     group.add_argument("--stop", action="append", help="a stop string; may be repeated")
 
 
-def _open(arguments: argparse.Namespace) -> LLM:
+def _open(arguments: argparse.Namespace, **more: Any) -> LLM:
     from fastserve.llm import LLM
 
     names = ["dtype", "kv_cache_dtype", "max_model_len", "max_num_batched_tokens", "max_num_seqs"]
     names += ["quantization", "activation_dtype", "lm_head_dtype", "kv_cache_memory_bytes", "num_threads", "seed"]
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return LLM(arguments.model, show_progress=sys.stderr.isatty(), **options)
+    return LLM(arguments.model, show_progress=sys.stderr.isatty(), **options, **more)
 
 
 def _sampling(arguments: argparse.Namespace, llm: LLM) -> SamplingParams:
@@ -275,6 +303,25 @@ def _perplexity(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_batch(arguments: argparse.Namespace) -> int:
+    if (arguments.model is None) == (arguments.model_option is None):
+        print("fastserve run-batch: give a model folder, once", file=sys.stderr)
+        return 2
+    arguments.model = arguments.model or arguments.model_option
+    try:
+        from fastserve.run_batch import run_batch_command
+    except ModuleNotFoundError as error:
+        return _needs_server_extra("run-batch", error)
+    return run_batch_command(arguments, lambda: _open(arguments, batch_order=arguments.batch_order))
+
+
+def _needs_server_extra(command: str, error: ModuleNotFoundError) -> int:
+    if (error.name or "").startswith("fastserve"):
+        raise error
+    print(f"fastserve {command} needs {error.name}: pip install 'fastserve[server]'", file=sys.stderr)
+    return 1
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     from fastserve.server.options import read_options
 
@@ -285,10 +332,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         print(f"fastserve serve: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fastserve"):
-            raise
-        print(f"fastserve serve needs {error.name}: pip install 'fastserve[server]'", file=sys.stderr)
-        return 1
+        return _needs_server_extra("serve", error)
     return serve(arguments.model, options)
 
 

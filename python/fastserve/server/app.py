@@ -20,6 +20,7 @@ from fastserve.server.batch_api import add_batch_endpoints
 from fastserve.server.batches import Batches
 from fastserve.server.errors import install_handlers
 from fastserve.server.events import stream_events
+from fastserve.server.jobs import Job
 from fastserve.server.middleware import BoundBodies, RequireKey
 from fastserve.server.options import ServeOptions
 from fastserve.server.page import PAGE
@@ -29,7 +30,6 @@ from fastserve.server.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from fastserve.server.jobs import Job
 from fastserve.server.service import Service
 from fastserve.server.wire import ClientLeft, EventStream, unless_client_leaves
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from fastserve.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from fastserve.server.answers import Answer, ChatChunkChoice, ChatDelta, CompletionChoice, Usage, echoed, usage_of
 from fastserve.server.errors import as_api_error
-from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest
 from fastserve.server.jobs import Job
+from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest
 from fastserve.server.service import Service
 from fastserve.server.tool_calls import ToolCallParser
 from fastserve.server.wire import DONE, event
