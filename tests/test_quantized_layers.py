@@ -155,7 +155,7 @@ def test_activations_that_a_device_cannot(device: CpuDevice) -> None:
 
     class Narrow(CpuDevice):
         activation_bits = (16,)
-        has_quantized = False
+        has_int4 = has_int8 = False
 
     narrow = Narrow(1)
     with pytest.raises(FastserveError, match="activation_dtype='int8' is not available on cpu"):

@@ -35,9 +35,9 @@ class Precision:
         wanted = {"auto": device.activation_bits[0], "int8": 8, "float": 16}[config.activation_dtype]
         if wanted not in device.activation_bits:
             raise FastserveError(f"activation_dtype={config.activation_dtype!r} is not available on {device.name}")
-        if config.lm_head_dtype == "int8" and not device.has_quantized:
+        if config.lm_head_dtype == "int8" and not device.has_int8:
             raise FastserveError(f"lm_head_dtype='int8' is not available on {device.name}")
-        keep_int4 = config.quantization == "auto" and device.has_quantized
+        keep_int4 = config.quantization == "auto" and device.has_int4
         return Precision(dtype, keep_int4, config.lm_head_dtype == "int8", wanted)
 
 
@@ -125,6 +125,7 @@ class _QuantizedLinear:
     """What layers of packed codes share. A row's result depends on nothing but the row."""
 
     packed: torch.Tensor
+    input_order: torch.Tensor | None = None
 
     def __init__(
         self, device: Device, shape: tuple[int, int], group_size: int, bias: torch.Tensor | None, activation_bits: int
@@ -140,9 +141,8 @@ class _QuantizedLinear:
         return num_bytes(self.packed) + num_bytes(self.bias)
 
     def workspace_bytes(self, max_tokens: int) -> int:
-        return self.device.quantized_workspace_bytes(
-            max_tokens, self.out_features, self.in_features, self.activation_bits
-        )
+        reorders = self.input_order is not None
+        return self.device.quantized_workspace_bytes(max_tokens, self.in_features, self.activation_bits, reorders)
 
 
 class Int4Linear(_QuantizedLinear):

@@ -227,7 +227,7 @@ class StepBuffers:
         narrow = dtype != torch.float32  # then the head's result is widened
         self.narrow_logits = floats(max_logit_rows if narrow else 0, config.vocab_size)
         workspace_bytes = max(linear.workspace_bytes(max(max_num_tokens, max_logit_rows)) for linear in linears)
-        self.workspace = device.empty((workspace_bytes,), torch.uint8)
+        self.workspace = device.empty((workspace_bytes,), torch.uint8).zero_()
         self._views: dict[int, StepViews] = {}
 
     @property

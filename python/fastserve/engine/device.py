@@ -51,7 +51,8 @@ class Device(Protocol):
 
     def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int: ...
 
-    has_quantized: bool  # linear_int4 and linear_int8 run here, and the three methods below work
+    has_int4: bool  # linear_int4 runs here, and packed_int4_shape works
+    has_int8: bool  # the same of linear_int8 and packed_int8_shape
     activation_bits: tuple[int, ...]  # what they can multiply with, the default first
 
     def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
@@ -59,7 +60,9 @@ class Device(Protocol):
 
     def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]: ...
 
-    def quantized_workspace_bytes(self, max_tokens: int, num_rows: int, depth: int, activation_bits: int) -> int: ...
+    def quantized_workspace_bytes(self, max_tokens: int, depth: int, activation_bits: int, reorders: bool) -> int:
+        """For up to max_tokens rows of `depth` inputs; reorders: with an input_order. The workspace of linears must be
+        zero at first; the ops leave zero what has to be."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory with any content."""
@@ -91,7 +94,7 @@ class CpuDevice:
     rows_per_item = 48
     rows_per_shared_item = 384
     has_graphs = False
-    has_quantized = True
+    has_int4 = has_int8 = True
     activation_bits: tuple[int, ...] = (8, 16)
     stage_generation = 0
 
@@ -133,7 +136,7 @@ class CpuDevice:
     def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]:
         return _native.packed_int8_shape(num_rows, depth, group_size)
 
-    def quantized_workspace_bytes(self, max_tokens: int, num_rows: int, depth: int, activation_bits: int) -> int:
+    def quantized_workspace_bytes(self, max_tokens: int, depth: int, activation_bits: int, reorders: bool) -> int:
         return _native.quantized_workspace_bytes(max_tokens, depth, activation_bits)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -162,7 +165,7 @@ class CudaDevice:
     rows_per_item = 64
     rows_per_shared_item = 64
     has_graphs = True
-    has_quantized = False
+    has_int4, has_int8 = True, False
     activation_bits: tuple[int, ...] = (16,)
 
     def __init__(self, exact: bool, index: int = 0) -> None:
@@ -179,6 +182,7 @@ class CudaDevice:
     def _set_up(self, exact: bool, ops: Any, num_multiprocessors: int) -> None:
         self.exact = exact
         self.ops = ops
+        self.num_multiprocessors = num_multiprocessors
         self.attention_workers = 2 * num_multiprocessors
         self.sample_workers = num_multiprocessors
         self._staging: tuple[torch.Tensor, torch.Tensor] | None = None  # on the host, there
@@ -207,13 +211,13 @@ class CudaDevice:
         return 0
 
     def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
-        raise FastserveError("int4 weights are not kept packed on CUDA; they are written out at load")
+        return _native.cuda_packed_int4_shape(num_rows, depth, group_size, form)
 
     def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]:
         raise FastserveError("int8 weights are not available on CUDA; use lm_head_dtype='auto'")
 
-    def quantized_workspace_bytes(self, max_tokens: int, num_rows: int, depth: int, activation_bits: int) -> int:
-        return 0
+    def quantized_workspace_bytes(self, max_tokens: int, depth: int, activation_bits: int, reorders: bool) -> int:
+        return _native.cuda_int4_workspace_bytes(max_tokens, depth, self.num_multiprocessors, reorders)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
