@@ -96,34 +96,33 @@ struct Bf16 {
 };
 
 // a * b + c rounded to odd: if inexact, the last bit is one. Rounding that once more to a format at least two
-// bits shorter gives the correctly rounded result. `product` must be exact.
+// bits shorter gives the correctly rounded result. `product` must be exact. All without branches, so that
+// compilers turn the loops around it into vectors.
 PTXSIM_INLINE float add_to_odd(float product, float c) {
   const float s = product + c;
   const float virtual_c = s - product;
-  const float error = (product - (s - virtual_c)) + (c - virtual_c);
+  const float error = (product - (s - virtual_c)) + (c - virtual_c);  // NaN if s is no number
   const int32_t b = bits_as<int32_t>(s);
-  const int32_t toward = (error > 0.0f) == (s > 0.0f) ? 1 : -1;
-  const bool inexact = (error > 0.0f) | (error < 0.0f);
-  return bits_as<float>(inexact & ((b & 1) == 0) ? b + toward : b);
+  const int32_t toward = ((bits_as<int32_t>(error) ^ b) >> 31) | 1;  // away from zero if the signs agree
+  const int32_t inexact = (error > 0.0f) | (error < 0.0f);
+  return bits_as<float>(b + (toward & -(inexact & ~b)));
 }
 PTXSIM_INLINE double add_to_odd(double product, double c) {
   const double s = product + c;
   const double virtual_c = s - product;
   const double error = (product - (s - virtual_c)) + (c - virtual_c);
   const int64_t b = bits_as<int64_t>(s);
-  const int64_t toward = (error > 0.0) == (s > 0.0) ? 1 : -1;
-  const bool inexact = (error > 0.0) | (error < 0.0);
-  return bits_as<double>(inexact & ((b & 1) == 0) ? b + toward : b);
+  const int64_t toward = ((bits_as<int64_t>(error) ^ b) >> 63) | 1;
+  const int64_t inexact = (error > 0.0) | (error < 0.0);
+  return bits_as<double>(b + (toward & -(inexact & ~b)));
 }
 PTXSIM_INLINE float narrow_to_odd(double d) {
   const float f = static_cast<float>(d);
-  const double back = f;
+  const double error = d - static_cast<double>(f);  // NaN if d is no number; -infinity if it overflows
   const int32_t b = bits_as<int32_t>(f);
-  if (back == d || d != d || (b & 1) != 0) return f;
-  if ((b & 0x7fffffff) == 0x7f800000) {  // overflow of a finite value: the largest finite one is odd
-    return back == d ? f : bits_as<float>(b - 1);
-  }
-  return bits_as<float>((back < d) == (d > 0.0) ? b + 1 : b - 1);
+  const int32_t toward = static_cast<int32_t>((bits_as<int64_t>(error) ^ bits_as<int64_t>(d)) >> 63) | 1;
+  const int32_t inexact = (error > 0.0) | (error < 0.0);
+  return bits_as<float>(b + (toward & -(inexact & ~b)));
 }
 
 }  // namespace
