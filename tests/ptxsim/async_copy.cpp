@@ -19,6 +19,11 @@ bool lands_now(Launch& launch) {
 }
 
 void write_lane(Block& block, const PendingCopy& c, int l) {
+  if (c.source_size[l] == 16 &&
+      !config().weak_memory) {  // nearly all of them: a copy of fixed size is one move
+    std::memcpy(block.shared + c.destination[l], reinterpret_cast<const void*>(c.source[l]), 16);
+    return;
+  }
   uint8_t bytes[16] = {};
   if (c.source_size[l] != 0) {
     if (config().weak_memory)
@@ -200,6 +205,7 @@ void mbarrier_arrive(Warp& w, const Inst& i) {
     const int l = __builtin_ctz(m);
     const uint32_t offset = static_cast<uint32_t>(a[l] - reinterpret_cast<uint64_t>(w.shared)),
                    thread = thread_index(w, l);
+    check_mbarrier_use(w, l, offset);
     if ((i.aux & (1u << 16)) == 0) {  // without .noinc the arrival is one more than the count foresees
       MbarrierState s;
       std::memcpy(&s.word, block.shared + offset, 8);
@@ -273,6 +279,7 @@ void bulk(Warp& w, const Inst& i) {
                                                 operand(w, i.r[4], i.r[5], (i.aux & 4) != 0, l) & ~15ull, 16,
                                                 Access::Atomic) -
                                         shared + (operand(w, i.r[4], i.r[5], (i.aux & 4) != 0, l) & 15));
+    if (kToShared) check_mbarrier_use(w, l, b.barrier);
     b.group = block.async.bulk_group[b.thread];
     if (w.watch & kWatchCounters) {
       MemoryCounts& counts = kToShared ? w.launch->counters.global_async : w.launch->counters.global_store;

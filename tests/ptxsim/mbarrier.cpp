@@ -69,19 +69,23 @@ uint32_t object(Warp& w, const Inst& i, int lane) {
   if (offset >= w.shared_bytes) fault(w, lane, FaultKind::Other, "uses an mbarrier outside shared memory");
   return static_cast<uint32_t>(offset);
 }
-void check_initialised(Warp& w, int lane, uint32_t offset) {
+}  // namespace
+
+void check_mbarrier_use(Warp& w, int lane, uint32_t offset) {
   const Block& block = *w.block;
-  if (!(w.watch & kWatchUninit)) return;
-  if ((block.shared_written[offset / 64] >> (offset % 64) & 0xff) != 0xff)
+  if (w.watch & kWatchSharedRace) block.race->object_used(w, lane, offset);
+  if ((w.watch & kWatchUninit) && (block.shared_written[offset / 64] >> (offset % 64) & 0xff) != 0xff)
     fault(w, lane, FaultKind::Uninitialised, "uses an mbarrier that was never initialised");
 }
+
+namespace {
 
 template <class F>
 void each_lane(Warp& w, const Inst& i, bool initialised, F f) {
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const int l = __builtin_ctz(m);
     const uint32_t offset = object(w, i, l);
-    if (initialised) check_initialised(w, l, offset);
+    if (initialised) check_mbarrier_use(w, l, offset);
     f(l, offset);
   }
 }
@@ -100,7 +104,7 @@ void init(Warp& w, const Inst& i) {
       observe(w, i, a, 8, Access::Write);
       w.mask = saved;
     }
-    if (block.race) block.race->reset_object(offset);
+    if (block.race) block.race->object_initialised(w, l, offset);
     save(block, offset, MbarrierState::init(count));
   });
 }

@@ -7,6 +7,7 @@
 namespace ptxsim {
 
 struct Block;
+struct Warp;
 
 // pending arrivals in bits 0-19, arrivals per phase in 20-39, outstanding bytes (signed) in 40-62, phase
 // in 63.
@@ -28,6 +29,8 @@ struct MbarrierState {
   void set(uint32_t pending, uint32_t count, int64_t bytes, uint32_t phase);
 };
 
+// A fault if nobody initialised the mbarrier, a race if that is not ordered before this use.
+void check_mbarrier_use(Warp& w, int lane, uint32_t offset);
 // Bytes of an asynchronous copy have arrived; one asynchronous arrival.
 void mbarrier_complete_bytes(Block& block, uint32_t offset, uint32_t bytes);
 void mbarrier_arrive_async(Block& block, uint32_t offset);

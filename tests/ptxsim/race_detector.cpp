@@ -201,6 +201,21 @@ void RaceDetector::bulk_signals(uint64_t offset, uint32_t bytes, uint64_t barrie
   known[num_threads_ + a] = clock;
 }
 
+void RaceDetector::object_initialised(const Warp& w, int lane, uint64_t object) {
+  objects_.erase(object);
+  Cell& c = initialised_[object];
+  c.clock = clock_[w.index];
+  c.writer = static_cast<uint16_t>(thread_index(w, lane));
+  c.pc = w.pc;
+}
+void RaceDetector::object_used(Warp& w, int lane, uint64_t object) {
+  const auto it = initialised_.find(object);
+  if (it == initialised_.end() || ordered(thread_index(w, lane), it->second.writer, it->second.clock)) return;
+  const Cell c = it->second;
+  initialised_.erase(it);  // once is enough: the next poll would say the same
+  report(w, lane, c, "an mbarrier is used", "initialised", c.writer, c.pc, object);
+}
+
 void RaceDetector::warp_sync(const Warp& w, uint32_t lanes) {
   if ((lanes & (lanes - 1)) == 0) return;
   const uint32_t clock = clock_[w.index]++;

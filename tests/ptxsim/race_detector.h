@@ -44,8 +44,9 @@ class RaceDetector {
   // Release to, and acquire from, an object in shared memory or any other address.
   void release(uint32_t thread, uint64_t object);
   void acquire(uint32_t thread, uint64_t object);
-  // Forgets what was released to an object (mbarrier.init).
-  void reset_object(uint64_t object) { objects_.erase(object); }
+  // An mbarrier starts anew: what was released to it is forgotten, and whoever uses it must know of this.
+  void object_initialised(const Warp& w, int lane, uint64_t object);
+  void object_used(Warp& w, int lane, uint64_t object);
 
   // Knowledge as a plain vector of clocks per thread, for the detector of global races.
   std::vector<uint32_t> knowledge(uint32_t thread) const;
@@ -95,6 +96,7 @@ class RaceDetector {
   std::vector<int32_t> split_;  // by word: index of its first byte cell in bytes_, or -1
   std::vector<Cell> bytes_;
   std::map<uint64_t, std::vector<uint32_t>> objects_;
+  std::map<uint64_t, Cell> initialised_;  // by object: the mbarrier.init that made it
   std::map<uint64_t, uint32_t> agents_;
   std::vector<uint32_t> agent_clock_;
 };

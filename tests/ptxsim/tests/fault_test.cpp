@@ -164,31 +164,38 @@ TEST_P(Mutants, KilledByWrongResultsOfLateOrEarlyCopies) {
 }
 INSTANTIATE_TEST_SUITE_P(Pipeline, Mutants, ::testing::Range(1, static_cast<int>(Pipeline::NumMutants)));
 
-TEST_F(Faults, MbarrierWaitRemoved) {
-  configure([](auto& c) { c.check_race = 1, c.check_uninit = 0; });
-  Buffer<int> in(1024), out(1024);
-  launch_mbarrier(in, out, 2, false);
-  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorLaunchFailure);
-  expect_report({"race on shared memory"});
+TEST_F(Faults, MbarrierPipelineMutants) {
+  for (Mbarrier mutant : {Mbarrier::NoWaitFull, Mbarrier::NoWaitEmpty, Mbarrier::NoBarrierAfterInit})
+    for (int mode : {PTXSIM_ASYNC_LATE, PTXSIM_ASYNC_EARLY}) {
+      // With the check of uninitialised memory the first and the last are found by that already.
+      configure([&](auto& c) { c.async_mode = mode, c.check_race = 1, c.check_uninit = 0; });
+      Buffer<int> in(1024), out(1024);
+      launch_mbarrier(mutant, in, out, mutant == Mbarrier::NoWaitFull ? 2 : 3);
+      EXPECT_NE(cudaDeviceSynchronize(), cudaSuccess)
+          << static_cast<int>(mutant) << mode;  // some deadlock as well
+      expect_report({"race on shared memory"});
+      ptxsim_clear_report();
+    }
 }
 
 // ---- weak memory
-TEST_F(Faults, MissingFenceBetweenBlocks) {
-  for (bool with_fence : {true, false})
+TEST_F(Faults, MissingOrNarrowFenceBetweenBlocks) {
+  for (Fence fence : {Fence::None, Fence::Block, Fence::Device})
     for (bool weak : {false, true}) {
       configure([&](auto& c) { c.weak_memory = weak; });
       Buffer<int> data(std::vector<int>{0}), flag(std::vector<int>{0}), out(std::vector<int>{0});
-      launch_message(data, flag, out, with_fence);
+      launch_message(data, flag, out, fence);
       ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << report();
-      EXPECT_EQ(out.host()[0], with_fence || !weak ? 42 : 0) << with_fence << weak;
+      EXPECT_EQ(out.host()[0], fence == Fence::Device || !weak ? 42 : 0) << static_cast<int>(fence) << weak;
     }
 }
-TEST_F(Faults, MissingFenceIsAGlobalRace) {
-  for (bool with_fence : {true, false}) {
+TEST_F(Faults, MissingOrNarrowFenceIsAGlobalRace) {
+  for (Fence fence : {Fence::None, Fence::Block, Fence::Device}) {
     configure([](auto& c) { c.check_global_race = 1; });
     Buffer<int> data(std::vector<int>{0}), flag(std::vector<int>{0}), out(std::vector<int>{0});
-    launch_message(data, flag, out, with_fence);
-    EXPECT_EQ(cudaDeviceSynchronize(), with_fence ? cudaSuccess : cudaErrorLaunchFailure) << report();
+    launch_message(data, flag, out, fence);
+    EXPECT_EQ(cudaDeviceSynchronize(), fence == Fence::Device ? cudaSuccess : cudaErrorLaunchFailure)
+        << static_cast<int>(fence) << report();
     ptxsim_clear_report();
   }
   Buffer<int> in(std::vector<int>(1000, 1)), partial(7), out(1);

@@ -163,6 +163,53 @@ TEST_P(Half, Conversions) {
                [&f](uint64_t a, uint64_t b, uint64_t) { return wide(f, a) < wide(f, b); });
 }
 
+// ---- eight bits: e4m3 has no infinity and one NaN, e5m2 is f16 cut short
+float fp8_value(bool e4m3, uint32_t code) {  // of a finite code without its sign
+  const int mantissa = e4m3 ? 3 : 2, bias = e4m3 ? 7 : 15;
+  const int e = static_cast<int>(code) >> mantissa, m = static_cast<int>(code) & ((1 << mantissa) - 1);
+  return e == 0 ? std::ldexp(static_cast<float>(m), 1 - bias - mantissa)
+                : std::ldexp(static_cast<float>(m + (1 << mantissa)), e - bias - mantissa);
+}
+uint64_t to_fp8(bool e4m3, float x) {
+  const uint32_t largest = e4m3 ? 0x7e : 0x7b, sign = std::signbit(x) ? 0x80 : 0;
+  if (std::isnan(x)) return 0x7f;
+  const float magnitude = std::min(std::fabs(x), fp8_value(e4m3, largest));
+  uint32_t best = 0;
+  for (uint32_t code = 1; code <= largest; ++code) {
+    const double here = std::fabs(double{fp8_value(e4m3, code)} - magnitude),
+                 there = std::fabs(double{fp8_value(e4m3, best)} - magnitude);
+    if (here < there || (here == there && code % 2 == 0)) best = code;
+  }
+  return best | sign;
+}
+TEST(Fp8, Conversions) {
+  for (bool e4m3 : {true, false}) {
+    const std::string t = e4m3 ? "e4m3x2" : "e5m2x2";
+    const auto near_range =
+        "{.reg .f32 x, y; and.b32 x, %a, 0x8fffffff; or.b32 x, x, 0x38000000; mov.b32 y, %b; "
+        "cvt.rn.satfinite." +
+        t + ".f32 %d, x, y;}";
+    expect_equal(near_range, "b16", {"f32", "f32"}, [=](uint64_t a, uint64_t b, uint64_t) {
+      return to_fp8(e4m3, as<float>(static_cast<uint32_t>((a & 0x8fffffff) | 0x38000000))) << 8 |
+             to_fp8(e4m3, as<float>(static_cast<uint32_t>(b)));
+    });
+    std::vector<uint64_t> all(65536);
+    for (size_t i = 0; i < all.size(); ++i) all[i] = i;
+    const auto got = run("cvt.rn.f16x2." + t + " %d, %a;", "b32", {"b16"}, {all});
+    for (size_t i = 0; i < all.size(); ++i)
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t code = static_cast<uint32_t>(i) >> 8 * half & 255, h = got[i] >> 16 * half & 0xffff;
+        if ((code & 127) > (e4m3 ? 0x7eu : 0x7cu)) {
+          ASSERT_TRUE(nan_in(kF16, h)) << code;
+        } else if ((code & 127) == 0x7c && !e4m3) {
+          ASSERT_EQ(h, (code & 128) << 8 | 0x7c00) << code;
+        } else {
+          ASSERT_EQ(wide(kF16, h), (code & 128 ? -1 : 1) * fp8_value(e4m3, code & 127)) << code;
+        }
+      }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Formats, Half, ::testing::Values(&kF16, &kBf16),
                          [](const auto& i) { return std::string(i.param->name); });
 

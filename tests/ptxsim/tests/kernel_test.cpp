@@ -137,11 +137,20 @@ TEST_F(Kernel, MbarrierPipelineIsRaceFree) {
     for (uint64_t seed = 0; seed < 4; ++seed) {
       configure([&](auto& c) { c.async_mode = mode, c.seed = seed, c.check_race = 1; });
       Buffer<int> in(numbers(8 * 128)), out(8 * 128);
-      launch_mbarrier(in, out, 8, true);
+      launch_mbarrier(Mbarrier::Correct, in, out, 8);
       ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << report();
       const auto o = out.host();
       for (int i = 0; i < 8 * 128; ++i) ASSERT_EQ(o[i], i / 128 * 128 + 127 - i % 128) << i;
     }
+}
+
+TEST_F(Kernel, FatBinariesOfEveryCompression) {
+  for (const auto launch : {launch_compressed_size, launch_compressed_speed, launch_compressed_none}) {
+    Buffer<int> data(1024);
+    launch(data);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << report();
+    EXPECT_EQ(data.host(), numbers(1024));
+  }
 }
 
 TEST_F(Kernel, CallsAndSwitch) {

@@ -117,10 +117,11 @@ __global__ void faulty(int* data, int n) {
     faulty<Fault::name><<<blocks, 64>>>(data, n); \
     break;
 
-__global__ void message(int* data, int* flag, int* out, bool with_fence) {
+__global__ void message(int* data, int* flag, int* out, Fence fence) {
   if (blockIdx.x == 0) {
     *data = 42;
-    if (with_fence) __threadfence();
+    if (fence == Fence::Block) __threadfence_block();
+    if (fence == Fence::Device) __threadfence();
     *reinterpret_cast<volatile int*>(flag) = 1;
     // stay around: the end of a block would publish its stores
     while (*reinterpret_cast<volatile int*>(flag) != 2) {
@@ -201,7 +202,8 @@ __global__ void named_barriers(int* out) {
 }
 
 // Warp 0 fills two buffers with cp.async and signals `full`; warp 1 reads and signals `empty`.
-__global__ void mbarrier_kernel(const int* in, int* out, int tiles, bool wait_full) {
+template <Mbarrier kMutant>
+__global__ void mbarrier_kernel(const int* in, int* out, int tiles) {
   __shared__ __align__(16) int buffer[2][128];
   __shared__ __align__(8) unsigned long long full[2], empty[2];
   const int lane = threadIdx.x % 32;
@@ -210,7 +212,7 @@ __global__ void mbarrier_kernel(const int* in, int* out, int tiles, bool wait_fu
       asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(shared_address(&full[i])) : "memory");
       asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(shared_address(&empty[i])) : "memory");
     }
-  __syncthreads();
+  if (kMutant != Mbarrier::NoBarrierAfterInit) __syncthreads();
   auto wait_phase = [](unsigned long long* barrier, int parity) {
     asm volatile(
         "{\n.reg .pred done;\nAGAIN:\nmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n@!done bra "
@@ -220,14 +222,14 @@ __global__ void mbarrier_kernel(const int* in, int* out, int tiles, bool wait_fu
   };
   if (threadIdx.x < 32) {
     for (int t = 0; t < tiles; ++t) {
-      if (t >= 2) wait_phase(&empty[t % 2], (t / 2 - 1) & 1);
+      if (kMutant != Mbarrier::NoWaitEmpty && t >= 2) wait_phase(&empty[t % 2], (t / 2 - 1) & 1);
       copy_async(&buffer[t % 2][4 * lane], in + t * 128 + 4 * lane);
       asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full[t % 2]))
                    : "memory");
     }
   } else {
     for (int t = 0; t < tiles; ++t) {
-      if (wait_full) wait_phase(&full[t % 2], (t / 2) & 1);
+      if (kMutant != Mbarrier::NoWaitFull) wait_phase(&full[t % 2], (t / 2) & 1);
       for (int k = 0; k < 4; ++k) out[t * 128 + 4 * lane + k] = buffer[t % 2][127 - (4 * lane + k)];
       asm volatile(
           "{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(&empty[t % 2]))
@@ -497,8 +499,8 @@ void launch_fault_on(Fault fault, int* data, int n, int blocks) {
 void launch_fault(Fault fault, int* data, int n) {
   launch_fault_on(fault, data, n, 1);
 }
-void launch_message(int* data, int* flag, int* out, bool with_fence) {
-  message<<<2, 1>>>(data, flag, out, with_fence);
+void launch_message(int* data, int* flag, int* out, Fence fence) {
+  message<<<2, 1>>>(data, flag, out, fence);
 }
 void launch_grid_sum(const int* in, int* partial, int* out, int n, int blocks) {
   void* args[] = {&in, &partial, &out, &n};
@@ -515,8 +517,21 @@ void launch_lock(int* lock, int* sum, int blocks) {
 void launch_named_barriers(int* out) {
   named_barriers<<<1, 64>>>(out);
 }
-void launch_mbarrier(const int* in, int* out, int tiles, bool wait_full) {
-  mbarrier_kernel<<<1, 64>>>(in, out, tiles, wait_full);
+void launch_mbarrier(Mbarrier mutant, const int* in, int* out, int tiles) {
+  switch (mutant) {
+    case Mbarrier::Correct:
+      mbarrier_kernel<Mbarrier::Correct><<<1, 64>>>(in, out, tiles);
+      break;
+    case Mbarrier::NoWaitFull:
+      mbarrier_kernel<Mbarrier::NoWaitFull><<<1, 64>>>(in, out, tiles);
+      break;
+    case Mbarrier::NoWaitEmpty:
+      mbarrier_kernel<Mbarrier::NoWaitEmpty><<<1, 64>>>(in, out, tiles);
+      break;
+    case Mbarrier::NoBarrierAfterInit:
+      mbarrier_kernel<Mbarrier::NoBarrierAfterInit><<<1, 64>>>(in, out, tiles);
+      break;
+  }
 }
 void launch_warp_collectives(const int* in, int* out) {
   warp_collectives<<<1, 32>>>(in, out);
