@@ -33,7 +33,9 @@ class Harness:
         vocab_size: int = 7,
         **config: object,
     ) -> None:
-        self.config = EngineConfig(**{"block_size": 4, "max_num_batched_tokens": 16, **config})  # type: ignore[arg-type]
+        self.config = EngineConfig(
+            **{"block_size": 4, "max_num_batched_tokens": 16, "admission": "aggressive", **config}
+        )  # type: ignore[arg-type]
         self.num_blocks = num_blocks
         self.pool, self.tree = KV_FACTORIES[kv](num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.device = FakeDevice(num_blocks, self.config.block_size, vocab_size)
@@ -177,7 +179,7 @@ class Harness:
         for request in self.running:
             wanted = min(request.num_uncomputed_tokens, self.config.max_chunk_tokens or 10**9)
             assert given[request.request_id] == wanted or available == 0, f"{request.request_id} could do more"
-        if not self.waiting or len(self.running) == self.max_running:
+        if not self.waiting or len(self.running) == self.max_running or self.config.admission != "aggressive":
             return
         first = self.waiting[0]
         cached: list[int] = []

@@ -432,9 +432,9 @@ def test_times_are_kept(kv):
     assert (request.first_scheduled_s, request.first_token_s, request.last_token_s) == (1.0, 2.0, 4.0)
 
 
-def test_a_policy_that_starts_anybody_cannot_break_memory(kv):
+def test_an_admission_that_starts_anybody_cannot_break_memory(kv):
     h = Harness(5, kv=kv, block_size=2, max_num_batched_tokens=7)
-    h.scheduler._policy = type("Eager", (), {"order": lambda _, r: (), "admit": lambda *_: True})()
+    h.scheduler._admission = type("Eager", (), {"admit": lambda *_: True})()
     h.check_work_conserving = lambda plan: None
     requests = [h.add([i, 1, 2, 3], params=ignoring_eos(5)) for i in range(4)]
     h.drain(max_steps=500)

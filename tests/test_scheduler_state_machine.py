@@ -25,6 +25,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_chunk_tokens=st.none() | st.integers(1, 5),
         prefix_caching=st.booleans() | st.just(True),
         policy=st.sampled_from(["fcfs", "priority"]),
+        admission=st.sampled_from(["aggressive", "conservative", "past_future"]),
         vocab_size=st.integers(2, 4),
         max_model_len=st.sampled_from([12, 1000]),
     )

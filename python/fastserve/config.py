@@ -314,7 +314,8 @@ class EngineConfig:
     seed: int = 0  # seeds the requests that bring none
     device: str = "auto"  # auto, cpu, cuda
     exact: bool = True  # the same tokens in any batch, on CUDA too; False: torch's matrix products there
-    policy: str = "fcfs"  # a module of fastserve.policies
+    policy: str = "fcfs"  # who starts first: a module of fastserve.policies
+    admission: str = "past_future"  # who may start: a module of fastserve.admission
     batch_order: str = "prefix"  # of LLM.generate: prefix = members of a shared prefix together; arrival = as given
 
     def __post_init__(self) -> None:
@@ -350,3 +351,5 @@ class EngineConfig:
         _flag("exact", self.exact)
         if not isinstance(self.policy, str):
             raise _reject("policy", self.policy, "the name of a policy")
+        if not isinstance(self.admission, str):
+            raise _reject("admission", self.admission, "the name of an admission")

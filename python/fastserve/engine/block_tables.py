@@ -7,6 +7,7 @@ writes only into blocks that it took itself and that were in no other table befo
 the prefix tree in the step that fills it and is never written again.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,6 +70,14 @@ class BlockTables:
     def num_missing(self, request: Request) -> int:
         """Blocks that `request` lacks to compute all its tokens."""
         return -(-len(request.token_ids) // self.block_size) - len(request.block_ids)
+
+    def num_shared(self, request: Request) -> int:
+        """How many of its leading blocks are in other tables too. Further blocks are its own: who holds a block of the
+        tree holds all before it."""
+        ids, ref_count = request.block_ids, self.pool.ref_count
+        if not ids or ref_count(ids[0]) == 1:
+            return 0
+        return bisect_left(ids, True, key=lambda block_id: ref_count(block_id) == 1)
 
     def reserve(self, request: Request, num_tokens: int) -> int:
         """Takes blocks for the next `num_tokens` of `request`, or for as many as there are blocks; returns

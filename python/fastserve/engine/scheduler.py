@@ -15,12 +15,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
+from fastserve.admission import Admission, Memory, get_admission
 from fastserve.config import EngineConfig
 from fastserve.engine.block_tables import BlockPool, BlockTables, Insertion, PrefixTree
+from fastserve.engine.output_lengths import OutputLengths
 from fastserve.engine.prefix_holds import PrefixHolds
 from fastserve.engine.waiting import WaitingQueue
 from fastserve.errors import InvalidRequest, QueueFull
-from fastserve.policies import Memory, Policy
+from fastserve.policies import Policy
 from fastserve.request import Request, RequestStatus, SharedPrefix
 
 _queue_key = attrgetter("queue_key")
@@ -74,8 +76,8 @@ class Scheduler:
     """Waiting and running requests, the token budget and the KV blocks. Steps alternate: schedule, then
     update or fail.
 
-    `pool` and `tree` replace the native ones. A request may grow to `max_len` tokens, prompt and output
-    together: `max_model_len`, or what the whole cache holds if that is less.
+    `pool` and `tree` replace the native ones, `admission` the one that `config` names. A request may grow to
+    `max_len` tokens, prompt and output together: `max_model_len`, or what the whole cache holds if that is less.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Scheduler:
         *,
         pool: BlockPool | None = None,
         tree: PrefixTree | None = None,
+        admission: Admission | None = None,
     ) -> None:
         if pool is None:
             pool, tree = new_kv_cache(num_blocks, config.block_size, config.enable_prefix_caching)
@@ -95,6 +98,8 @@ class Scheduler:
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._policy = policy
+        self._admission = admission or get_admission(config.admission)
+        self._output_lengths = OutputLengths()
         self._max_chunk = config.max_chunk_tokens or config.max_num_batched_tokens
         self._blocks = BlockTables(pool, tree, config.block_size)
         self._holds = PrefixHolds(self._blocks)
@@ -279,7 +284,7 @@ class Scheduler:
         self._waiting.push(request)
 
     def _admit(self) -> Request | None:
-        """Starts the first waiting request, if there is one, a place for it, and the policy agrees.
+        """Starts the first waiting request, if there is one, a place for it, and admission agrees.
 
         The budget is not empty then although every running request has got a token, so that the running requests can
         never outnumber the tokens of a step.
@@ -289,9 +294,7 @@ class Scheduler:
             return None
         request = self._waiting.first()
         spared = self._blocks.adopt_prefix(request)
-        pool = self._blocks.pool
-        memory = Memory(self._blocks.num_missing(request), self._blocks.num_available, pool.num_blocks)
-        if self._running and not self._policy.admit(request, self._running, memory):
+        if self._running and not self._admission.admit(request, self._running, self._memory(request)):
             self._blocks.release(request)
             return None
         self._count_cached(request, spared)
@@ -299,6 +302,19 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         insort(self._running, request, key=_queue_key)
         return request
+
+    def _memory(self, candidate: Request) -> Memory:
+        blocks = self._blocks
+        return Memory(
+            num_needed=blocks.num_missing(candidate),
+            num_available=blocks.num_available,
+            num_blocks=blocks.pool.num_blocks,
+            block_size=blocks.block_size,
+            max_len=self.max_len,
+            output_lengths=self._output_lengths.ascending,
+            num_shared=blocks.num_shared,
+            num_held=self._holds.num_blocks,
+        )
 
     def _launch(self, step: "_Draft", now: float) -> StepPlan:
         for item in step.items:
@@ -344,6 +360,8 @@ class Scheduler:
         if request.status is not RequestStatus.FINISHED:
             if request.first_scheduled_s is not None:
                 self._ended.append(request.request_id)
+            if reason in ("stop", "length"):  # an aborted output says nothing about the others
+                self._output_lengths.add(request.num_output_tokens)
             request.status = RequestStatus.FINISHED
             self._holds.leave(request)
             del self._requests[request.request_id]

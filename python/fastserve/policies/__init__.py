@@ -1,27 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling policies: who goes first, and who may start. One small module each, found by its name.
+"""Scheduling policies: who goes first. One small module each, found by its name.
 
-A policy is a module with the two pure functions of `Policy`. It decides nothing else: the scheduler keeps the
-budget, the blocks and the promise that every running decode is part of every step.
+A policy is a module with the pure function of `Policy`. It decides nothing else: whether the first may start is
+the matter of `fastserve.admission`, and the scheduler keeps the budget, the blocks and the promise that every
+running decode is part of every step.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from fastserve.errors import InvalidRequest
 from fastserve.request import Request
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """KV cache blocks, seen by a request that wants to start."""
-
-    num_needed: int  # new blocks until its first output token, after what the prefix cache gives
-    num_available: int  # free now, or cached and unused
-    num_blocks: int  # the whole cache
 
 
 class Policy(Protocol):
@@ -30,10 +20,6 @@ class Policy(Protocol):
 
         The scheduler breaks ties by order of arrival.
         """
-
-    def admit(self, candidate: Request, running: Sequence[Request], memory: Memory) -> bool:
-        """Whether the first of the waiting requests may start now. Not asked when nothing runs: then it
-        may."""
 
 
 def policy_names() -> list[str]:

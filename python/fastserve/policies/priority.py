@@ -7,10 +7,7 @@ for.
 
 from typing import Any
 
-from fastserve.policies.fcfs import admit
 from fastserve.request import Request
-
-__all__ = ["admit", "order"]
 
 
 def order(request: Request) -> tuple[Any, ...]:
