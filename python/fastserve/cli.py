@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import fastserve
 from fastserve.bench import serve as bench_serve
 from fastserve.server.options import TOOL_FORMATS, add_serve_arguments
+from fastserve.simulate.command import DESCRIPTION as SIMULATE_DESCRIPTION
+from fastserve.simulate.command import add_simulate_arguments
 
 if TYPE_CHECKING:
     from fastserve.config import SamplingParams
@@ -69,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_serve_arguments(serve)
     serve.set_defaults(run=_serve)
+
+    simulate = commands.add_parser(
+        "simulate", help="serve a workload in virtual time on a named GPU", description=SIMULATE_DESCRIPTION
+    )
+    add_simulate_arguments(simulate)
+    simulate.set_defaults(run=_simulate)
 
     convert = commands.add_parser(
         "convert",
@@ -334,6 +342,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         return _needs_server_extra("serve", error)
     return serve(arguments.model, options)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from fastserve.simulate.command import run
+
+    return run(arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -167,18 +167,7 @@ class Scheduler:
         if self._in_flight is not None:
             raise RuntimeError("the step before was neither updated nor failed")
         step = _Draft(budget=self._config.max_num_batched_tokens)
-        running = tuple(self._running)
-        lacks_one = [request.num_uncomputed_tokens == 1 for request in running]
-        for request, is_one in zip(running, lacks_one, strict=True):
-            if is_one and request.status is RequestStatus.RUNNING:
-                self._carry(step, request)
-        for request, is_one in zip(running, lacks_one, strict=True):
-            if not is_one and request.status is RequestStatus.RUNNING and step.budget:
-                self._count_cached(request, self._blocks.adopt_prefix(request))
-                self._carry(step, request)
-        # After a preemption nobody starts: memory is short, and the newest would be the next to lose it.
-        while step.budget and not step.preempted and (admitted := self._admit()):
-            self._carry(step, admitted)
+        self._fill(step)
         return self._launch(step, now)
 
     def update(self, plan: StepPlan, sampled: Sequence[int | None], now: float) -> list[Request]:
@@ -249,6 +238,21 @@ class Scheduler:
         self._blocks.check(self._running, self._holds.block_ids())
 
     # -- the parts of a step ---------------------------------------------------------------------------------
+
+    def _fill(self, step: "_Draft") -> None:
+        """Puts into the step what this class promises: all decodes, then chunks, up to the budget."""
+        running = tuple(self._running)
+        lacks_one = [request.num_uncomputed_tokens == 1 for request in running]
+        for request, is_one in zip(running, lacks_one, strict=True):
+            if is_one and request.status is RequestStatus.RUNNING:
+                self._carry(step, request)
+        for request, is_one in zip(running, lacks_one, strict=True):
+            if not is_one and request.status is RequestStatus.RUNNING and step.budget:
+                self._count_cached(request, self._blocks.adopt_prefix(request))
+                self._carry(step, request)
+        # After a preemption nobody starts: memory is short, and the newest would be the next to lose it.
+        while step.budget and not step.preempted and (admitted := self._admit()):
+            self._carry(step, admitted)
 
     def _carry(self, step: "_Draft", request: Request) -> None:
         """Gives `request` its share of the step.
