@@ -64,6 +64,7 @@ def shared_tables(
     rows_per_item=st.integers(1, 64),
     num_workers=st.integers(1, 64),
     rows_per_shared_item=st.integers(1, 200),
+    rows_per_warp=st.sampled_from([0, 1, 16]),
     tokens_per_partial=st.integers(0, 4),
     blocks_per_choice=st.integers(1, 12),
 )
@@ -76,6 +77,7 @@ def test_every_visible_pair_once_and_each_partial_in_order(
     rows_per_item: int,
     num_workers: int,
     rows_per_shared_item: int,
+    rows_per_warp: int,
     tokens_per_partial: int,
     blocks_per_choice: int,
 ) -> None:
@@ -98,9 +100,15 @@ def test_every_visible_pair_once_and_each_partial_in_order(
         num_workers=num_workers,
         rows_per_item=rows_per_item,
         rows_per_shared_item=rows_per_shared_item,
+        rows_per_warp=rows_per_warp,
         tokens_per_partial=tokens_per_partial,
         groups=groups,
     )
+    for_warp = [item["num_rows"] * group_size <= rows_per_warp for item in plan_items(plan)]
+    assert for_warp == sorted(for_warp)  # the others come first
+    for item, alone in zip(plan_items(plan), for_warp, strict=True):
+        assert not alone or item["num_parts"] in (0, -(-item["kv_end"] // span) - item["kv_begin"] // span)
+        assert not alone or item["num_parts"] > 0 or item["kv_end"] - 1 < (item["kv_begin"] // span + 1) * span
     reads = np.zeros((query_start[-1], max(seq_lens, default=0)), dtype=np.int64)
     seen = np.zeros_like(reads)
     for row, b in enumerate(row_request):
@@ -195,6 +203,7 @@ def test_takes_any_integer_arrays(dtype: type) -> None:
         ([[0, 1]], [3], {}, "query_start must be a sequence of integers"),
         ([0, 1], [2**40], {}, r"seq_lens\[0\] is 1099511627776; must fit 32 bits"),
         ([0, 1], [3], {"span": 40}, "span is 40; must be a multiple of the block size 16"),
+        ([0, 1], [3], {"rows_per_warp": -1}, "rows_per_warp is -1; must not be negative"),
         ([0, 4], [3], {}, "request 0 has 4 query rows and only 3 tokens"),
         ([], [], {}, "must have one more"),
         ([0, 1], [3], {"groups": [[0, 16, 0]]}, "groups must be rows of 4 integers"),

@@ -154,6 +154,7 @@ window: a row sees its last `window` tokens, itself included; 0: all.
 num_workers: threads that should have work at the same time; decides only how items are cut, never a result.
 rows_per_item, rows_per_shared_item: packed rows (tokens x group_size) of an item, and of one whose rows are of
 several requests.
+rows_per_warp: items of at most so many packed rows come after all others, as the CUDA kernel needs it; 0: no matter.
 tokens_per_partial: what a partial result costs, in KV tokens read; 0: share whatever saves reads.
 groups: int32 [G, 4], prefixes that requests share, as prefix_groups() returns them. Those that pay are read once
 for all their readers; never changes a result.
@@ -162,7 +163,8 @@ A plan never changes. items, merges and parts are views into it that keep it ali
 Raises ValueError naming what was given and what is allowed.)")
       .def(py::init([](const py::object& query_start, const py::object& seq_lens, int block_size, int span,
                        int group_size, int num_kv_heads, int window, int num_workers, int rows_per_item,
-                       int rows_per_shared_item, int tokens_per_partial, const py::object& groups) {
+                       int rows_per_shared_item, int rows_per_warp, int tokens_per_partial,
+                       const py::object& groups) {
              const Int32Array starts = int32_array(query_start, "query_start");
              const Int32Array lens = int32_array(seq_lens, "seq_lens");
              const Int32Array nodes =
@@ -176,6 +178,7 @@ Raises ValueError naming what was given and what is allowed.)")
              options.num_workers = num_workers;
              options.rows_per_item = rows_per_item;
              options.rows_per_shared_item = rows_per_shared_item;
+             options.rows_per_warp = rows_per_warp;
              options.tokens_per_partial = tokens_per_partial;
              return AttentionPlan(span_of(starts), span_of(lens), options,
                                   {reinterpret_cast<const PrefixGroup*>(nodes.data()),
@@ -185,6 +188,7 @@ Raises ValueError naming what was given and what is allowed.)")
            py::arg("group_size"), py::arg("num_kv_heads"), py::arg("window") = 0, py::arg("num_workers") = 1,
            py::arg("rows_per_item") = AttentionPlanOptions{}.rows_per_item,
            py::arg("rows_per_shared_item") = AttentionPlanOptions{}.rows_per_shared_item,
+           py::arg("rows_per_warp") = AttentionPlanOptions{}.rows_per_warp,
            py::arg("tokens_per_partial") = AttentionPlanOptions{}.tokens_per_partial,
            py::arg("groups") = py::none())
       .def_property_readonly(

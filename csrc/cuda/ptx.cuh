@@ -163,4 +163,17 @@ __device__ __forceinline__ void named_barrier(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
+// --- global memory that several blocks update.
+
+// Adds to *counter and gives what it was. What this thread knows to be written before (also by others, from a
+// barrier) is so for every thread that comes to the counter later.
+__device__ __forceinline__ int add_and_synchronise(int* counter, int x) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(x)
+               : "memory");
+  return before;
+}
+
 }  // namespace fs::cuda

@@ -188,8 +188,10 @@ struct RopeKvWrite {
   }
 };
 
+// `counters` is for CUDA, where blocks take their work from a queue and the last one to store a partial
+// merges: attention_counters(J, Nkv) zeros, which are zeros again when the kernel has ended.
 struct Attention {
-  Tensor out, q, kv_cache, block_tables, items, merges, parts, workspace;
+  Tensor out, q, kv_cache, block_tables, items, merges, parts, workspace, counters;
   float scale;
   int64_t span, window;
   static constexpr OpInfo info{
@@ -208,12 +210,18 @@ struct Attention {
         tensor(&Attention::merges, "merges", "J 5", DType::i32),
         tensor(&Attention::parts, "parts", "P", DType::i32),
         tensor(&Attention::workspace, "workspace", "W", DType::f32, Access::write),
+        tensor(&Attention::counters, "counters", "C", DType::i32, Access::update).maybe(),
         scalar(&Attention::scale, "scale"),
         scalar(&Attention::span, "span"),
         scalar(&Attention::window, "window"),
     };
   }
 };
+
+inline constexpr int64_t kAttentionQueueCounters = 2;
+inline constexpr int64_t attention_counters(int64_t num_merges, int64_t num_kv_heads) {
+  return kAttentionQueueCounters + num_merges * num_kv_heads;
+}
 
 struct SiluMul {
   Tensor out, gate_up;

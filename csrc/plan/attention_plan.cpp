@@ -2,8 +2,8 @@
 #include "plan/attention_plan.h"
 
 #include <algorithm>
+#include <compare>
 #include <limits>
-#include <utility>
 
 #include "core/error.h"
 #include "plan/shared_prefixes.h"
@@ -58,7 +58,7 @@ AttentionPlan::AttentionPlan(std::span<const int32_t> query_start, std::span<con
   num_shared_items_ = static_cast<int32_t>(items_.size());
   for (const RowTile& tile : tiles_) add_tile(tile, max_cost);
   for (const AttentionItem& item : items_) num_tokens_read_ += item.kv_end - item.kv_begin;
-  sort_by_cost();
+  sort();
   tiles_ = {};
   links_ = {};
 }
@@ -78,6 +78,8 @@ void AttentionPlan::check(std::span<const int32_t> query_start, std::span<const 
            "attention plan: rows_per_shared_item is " << o.rows_per_shared_item << "; must be at least 1");
   FS_CHECK(o.tokens_per_partial >= 0,
            "attention plan: tokens_per_partial is " << o.tokens_per_partial << "; must not be negative");
+  FS_CHECK(o.rows_per_warp >= 0,
+           "attention plan: rows_per_warp is " << o.rows_per_warp << "; must not be negative");
   FS_CHECK(o.num_workers >= 1, "attention plan: num_workers is " << o.num_workers << "; must be at least 1");
   FS_CHECK(query_start.size() == seq_lens.size() + 1,
            "attention plan: query_start has " << query_start.size() << " entries for " << seq_lens.size()
@@ -169,7 +171,8 @@ void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t e
 // The items of a row tile's own, and the merge of all that have its rows.
 void AttentionPlan::add_tile(const RowTile& tile, int64_t max_cost) {
   const int64_t pieces = num_pieces(tile.whole, max_cost);
-  if (pieces == 1 && tile.first_link < 0) {
+  const bool folds = !is_for_warp(tile.whole) || spans_of(tile.whole, options_.span) == 1;
+  if (pieces == 1 && folds && tile.first_link < 0) {
     AttentionItem item = tile.whole;
     item.slot = -1;
     item.num_parts = 0;
@@ -201,8 +204,8 @@ int64_t AttentionPlan::num_pieces(const AttentionItem& whole, int64_t max_cost) 
                            std::min(spans_of(whole, options_.span), (cost(whole) + max_cost - 1) / max_cost));
 }
 
-// Items that store partials. One with which the fold begins folds its spans itself; those after it cannot
-// (the fold starts at the left), and store one partial per span.
+// Items that store partials. One with which the fold begins folds its spans itself, unless it is a warp's.
+// Those after it cannot (the fold starts at the left), and store one partial per span.
 void AttentionPlan::add_pieces(const AttentionItem& whole, int64_t num_pieces, bool fold_begins) {
   const int64_t span = options_.span;
   const int64_t num_spans = spans_of(whole, span);
@@ -212,7 +215,8 @@ void AttentionPlan::add_pieces(const AttentionItem& whole, int64_t num_pieces, b
     if (i > 0) item.kv_begin = static_cast<int32_t>((first_span + num_spans * i / num_pieces) * span);
     if (i + 1 < num_pieces)
       item.kv_end = static_cast<int32_t>((first_span + num_spans * (i + 1) / num_pieces) * span);
-    item.num_parts = i == 0 && fold_begins ? 1 : static_cast<int32_t>(spans_of(item, span));
+    const bool folds = i == 0 && fold_begins && !is_for_warp(item);
+    item.num_parts = folds ? 1 : static_cast<int32_t>(spans_of(item, span));
     item.slot = static_cast<int32_t>(num_slots_);
     num_slots_ += int64_t{item.num_parts} * item.num_rows;
     FS_CHECK(num_slots_ <= kMaxInt, "attention plan: " << num_slots_ << " partial results");
@@ -220,13 +224,25 @@ void AttentionPlan::add_pieces(const AttentionItem& whole, int64_t num_pieces, b
   }
 }
 
-void AttentionPlan::sort_by_cost() {
-  std::vector<std::pair<int64_t, uint32_t>> order(items_.size());
-  for (size_t i = 0; i < items_.size(); ++i) order[i] = {-cost(items_[i]), static_cast<uint32_t>(i)};
+bool AttentionPlan::is_for_warp(const AttentionItem& item) const {
+  return int64_t{item.num_rows} * options_.group_size <= options_.rows_per_warp;
+}
+
+void AttentionPlan::sort() {
+  struct Key {
+    bool for_warp;
+    int64_t negative_cost;
+    uint32_t index;
+    auto operator<=>(const Key&) const = default;
+  };
+  std::vector<Key> order(items_.size());
+  for (size_t i = 0; i < items_.size(); ++i) {
+    order[i] = {is_for_warp(items_[i]), -cost(items_[i]), static_cast<uint32_t>(i)};
+  }
   std::sort(order.begin(), order.end());
   std::vector<AttentionItem> sorted;
   sorted.reserve(items_.size());
-  for (const auto& [negative_cost, index] : order) sorted.push_back(items_[index]);
+  for (const Key& key : order) sorted.push_back(items_[key.index]);
   items_.swap(sorted);
 }
 

@@ -66,6 +66,10 @@ struct AttentionPlanOptions {
   // head: 2 * 4 * (head_dim + 2) against 4 * head_dim for 16-bit KV, and there is a fold. 0: share whatever
   // saves reads.
   int tokens_per_partial = 4;
+  // Items of at most so many packed rows come after all others and store one partial per span: a CUDA warp
+  // computes one on its own, after the warps of its block have done the others together, and cannot fold. 0:
+  // no such difference.
+  int rows_per_warp = 0;
   int num_workers = 1;  // threads or multiprocessors that should have work at the same time
 };
 
@@ -78,7 +82,8 @@ class AttentionPlan {
   AttentionPlan(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens,
                 const AttentionPlanOptions& options, std::span<const PrefixGroup> groups = {});
 
-  const std::vector<AttentionItem>& items() const { return items_; }  // the most work first
+  // The most work first; with rows_per_warp, the same in each of its two classes.
+  const std::vector<AttentionItem>& items() const { return items_; }
   const std::vector<AttentionMerge>& merges() const { return merges_; }
   const std::vector<int32_t>& parts() const { return parts_; }
   int64_t num_slots() const { return num_slots_; }  // each for one row: output, maximum and sum of all heads
@@ -112,7 +117,8 @@ class AttentionPlan {
   void add_pieces(const AttentionItem& whole, int64_t num_pieces, bool fold_begins);
   int64_t num_pieces(const AttentionItem& whole, int64_t max_cost) const;
   int64_t cost(const AttentionItem& item) const;
-  void sort_by_cost();
+  bool is_for_warp(const AttentionItem& item) const;
+  void sort();
 
   AttentionPlanOptions options_;
   std::vector<AttentionItem> items_;

@@ -73,6 +73,7 @@ class AttentionPlan:
         num_workers: int = 1,
         rows_per_item: int = ...,
         rows_per_shared_item: int = ...,
+        rows_per_warp: int = ...,
         tokens_per_partial: int = ...,
         groups: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> None: ...

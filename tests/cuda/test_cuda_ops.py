@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import ATTENTION_BAD_CASES, ATTENTION_CASES
 from cuda_cases import CUDA_CASES
 from cuda_device import Gpu, SimulatedDevice, find_devices
 from int4_cases import INT4_CASES
@@ -17,7 +18,7 @@ from linear_cases import LINEAR_CASES
 from narrowed import ACTIVATIONS, narrowed
 
 import op_cases
-from op_cases import Arguments, OpCase
+from op_cases import Arguments, BadCase, OpCase
 from op_checks import Guarded, assert_close, assert_same_bits, row_splits
 
 DEVICES = find_devices()
@@ -35,7 +36,8 @@ def all_cases() -> list[OpCase]:
         cases.append(case)
         if case.op in ACTIVATIONS:
             cases += [narrowed(case, dtype) for dtype in (torch.float16, torch.bfloat16)]
-    return cases + [case for case in CUDA_CASES + LINEAR_CASES + INT4_CASES if case.op in ON_CUDA]
+    cuda_cases = CUDA_CASES + LINEAR_CASES + INT4_CASES + ATTENTION_CASES
+    return cases + [case for case in cuda_cases if case.op in ON_CUDA]
 
 
 def make(case: OpCase) -> Arguments:
@@ -61,6 +63,8 @@ def test_matches_the_reference(case: OpCase, device: SimulatedDevice | Gpu) -> N
     result = run_guarded(device, case.op, arguments)
     for name, value in case.reference(arguments).items():
         assert_close(f"{case.op}-{case.id} on {device.name}: {name}", result[name], value, case.length)
+    if "counters" in result:
+        assert not result["counters"].any()  # ready for the next launch
     if device is not DEVICES[0]:
         return
     rows = [name for name in case.rows if arguments[name] is not None]
@@ -72,6 +76,12 @@ def test_matches_the_reference(case: OpCase, device: SimulatedDevice | Gpu) -> N
         outputs = [name for name in case.reference(arguments) if name in rows]
         joined = {name: torch.cat([piece[name] for piece in pieces]) for name in outputs}
         assert_same_bits(f"{case.op}-{case.id} alone", joined, result, outputs)
+
+
+@pytest.mark.parametrize("case", ATTENTION_BAD_CASES, ids=lambda case: f"{case.op}-{case.id}")
+def test_refuses_what_the_kernel_cannot_do(case: BadCase) -> None:
+    with pytest.raises(ValueError, match=case.message):
+        DEVICES[0].run(case.op, case.make(torch.Generator().manual_seed(SEED)))
 
 
 # --- what is moved ---------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def planned(
     rows_per_item: int = 48,
     rows_per_shared_item: int = 384,
     groups: Groups | None = None,
+    rows_per_warp: int = 0,
 ) -> Arguments:
     """The arguments that follow from the plan, and outputs for it."""
     plan = AttentionPlan(
@@ -94,6 +95,7 @@ def planned(
         num_workers=shape.num_workers,
         rows_per_item=rows_per_item,
         rows_per_shared_item=rows_per_shared_item,
+        rows_per_warp=rows_per_warp,
         tokens_per_partial=0,
         groups=groups,
     )
@@ -103,6 +105,7 @@ def planned(
         "merges": torch.from_numpy(plan.merges.copy()),
         "parts": torch.from_numpy(plan.parts.copy()),
         "workspace": empty(plan.workspace_floats(shape.heads, shape.dim)),
+        "counters": empty(2 + len(plan.merges) * shape.kv_heads, dtype=torch.int32),
         "scale": shape.dim**-0.5,
         "span": shape.span,
         "window": shape.window,

@@ -28,6 +28,7 @@ class AttentionWork:
     merges: torch.Tensor  # int32 [merges, 5]
     parts: torch.Tensor  # int32 [parts]
     workspace: torch.Tensor  # float32, partial results
+    counters: torch.Tensor  # int32, zeros whenever no attention is running
     span: int
 
 
@@ -71,6 +72,7 @@ class BatchBuilder:
         self.span = ATTENTION_SPAN * block_size
         self.windows = sorted({window or 0 for window in config.layer_windows})
         self.workspaces = {window: device.empty((0,), torch.float32) for window in self.windows}
+        self.counters = device.upload(torch.zeros(0, dtype=torch.int32))
 
     def build(self, plan: StepPlan) -> Batch:
         num_tokens, num_requests = plan.num_tokens, len(plan.items)
@@ -116,6 +118,9 @@ class BatchBuilder:
         recorded = self.device.has_graphs and decodes_only
         if recorded:
             arrays = _padded(arrays, self.max_decodes)
+        num_counters = 2 + max(len(merges) for merges in arrays[6::3]) * self.config.num_kv_heads
+        if self.counters.numel() < num_counters:
+            self.counters = self.device.upload(torch.zeros(2 * num_counters, dtype=torch.int32))
         staged = self.device.stage(arrays)
         work_tensors = iter(staged[5:])
         return Batch(
@@ -125,7 +130,12 @@ class BatchBuilder:
             block_tables=staged[3],
             attention={
                 window: AttentionWork(
-                    next(work_tensors), next(work_tensors), next(work_tensors), self.workspaces[window], self.span
+                    items=next(work_tensors),
+                    merges=next(work_tensors),
+                    parts=next(work_tensors),
+                    workspace=self.workspaces[window],
+                    counters=self.counters,
+                    span=self.span,
                 )
                 for window in self.windows
             },
@@ -137,8 +147,8 @@ class BatchBuilder:
         )
 
     def _graph_key(self, arrays: list[np.ndarray]) -> Hashable:
-        workspaces = tuple(workspace.data_ptr() for workspace in self.workspaces.values())
-        return tuple(array.shape for array in arrays), workspaces, self.device.stage_generation
+        kept = tuple(tensor.data_ptr() for tensor in (*self.workspaces.values(), self.counters))
+        return tuple(array.shape for array in arrays), kept, self.device.stage_generation
 
     def _plan_attention(
         self, window: int, query_start: np.ndarray, seq_lens: np.ndarray, groups: np.ndarray
@@ -155,6 +165,7 @@ class BatchBuilder:
             num_workers=self.device.attention_workers,
             rows_per_item=self.device.rows_per_item,
             rows_per_shared_item=self.device.rows_per_shared_item,
+            rows_per_warp=self.device.rows_per_warp,
             groups=groups,
         )
         needed = plan.workspace_floats(config.num_heads, config.head_dim)

@@ -29,6 +29,7 @@ class Device(Protocol):
     exact: bool  # our own `linear`, whose rows depend on nothing but themselves; False: torch multiplies
     rows_per_item: int  # packed query rows of an attention item
     rows_per_shared_item: int  # the same for an item whose rows are of several requests
+    rows_per_warp: int  # packed rows that the attention kernel gives to a warp of its own; 0: it has no warps
     has_graphs: bool  # `capture` works
 
     @property
@@ -93,6 +94,7 @@ class CpuDevice:
     exact = True
     rows_per_item = 48
     rows_per_shared_item = 384
+    rows_per_warp = 0
     has_graphs = False
     has_int4 = has_int8 = True
     activation_bits: tuple[int, ...] = (8, 16)
@@ -164,6 +166,7 @@ class CudaDevice:
     name = "cuda"
     rows_per_item = 64
     rows_per_shared_item = 64
+    rows_per_warp = 16
     has_graphs = True
     has_int4, has_int8 = True, False
     activation_bits: tuple[int, ...] = (16,)

@@ -155,7 +155,7 @@ class Layer:
         work = batch.attention[self.window]
         self.ops.attention(
             views.attention_heads, views.q, cache, batch.block_tables, work.items, work.merges, work.parts,
-            work.workspace, self.scale, work.span, self.window,
+            work.workspace, work.counters, self.scale, work.span, self.window,
         )  # fmt: skip
         self.o(out, views.attention, workspace)
         self.post_norm(normed, out, residual)
