@@ -39,7 +39,7 @@ struct SingleLevelGroups {
 // to compute, since that row gives its first output; where its last block is full, that is a whole block.
 // `expected_output`: tokens that each prompt will probably generate, empty for none: siblings are ordered by
 // descending share of decodes, sum(expected output) / tokens to compute, so that work that decodes much
-// starts early and later chunks of prompts find decodes to ride with (BatchLLM, Zheng et al. 2024, 4.3).
+// starts early and later chunks of prompts find decodes to ride with (BatchLLM, Zheng et al. 2024).
 // `roots`: prompts share only with prompts of the same root; empty: all may share.
 //
 // O(tokens) comparisons, sixteen tokens at a time, and O(prompts log prompts) per level that parts them.
@@ -62,7 +62,7 @@ class PrefixAnalysis {
   int64_t num_computed() const { return num_computed_; }
   int64_t min_computed() const { return min_computed_; }
 
-  // BatchLLM's enlargement of the first level (Zheng et al. 2024, 4.2): bottom up, a grandchild g moves out
+  // BatchLLM's enlargement of the first level (Zheng et al. 2024): bottom up, a grandchild g moves out
   // of its parent c, with a copy of c's tokens, where (prompts(g) - 1) * length(g) > length(c).
   SingleLevelGroups single_level() const;
 

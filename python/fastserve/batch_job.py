@@ -94,6 +94,8 @@ class BatchCounts:
     prompt_tokens: int
     cached_tokens: int  # of these, not computed but found in the cache
     output_tokens: int
+    planned_tokens: int  # of the prompts whose shared prefixes were analysed so far
+    shareable_tokens: int  # of these, what no order and no cache, however large, would have to compute
 
 
 @dataclass(eq=False)
@@ -145,6 +147,7 @@ class BatchJob:
         done = results.done
         self._total, self._completed, self._failed = 0, done.num_done - done.num_failed, done.num_failed
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._planned_tokens = self._shareable_tokens = 0
 
     # -- what to run ----------------------------------------------------------------------------------------------
 
@@ -159,6 +162,8 @@ class BatchJob:
             for raw, custom_id, error in window.failures:
                 self._write_failure(raw, custom_id, error)
             self._plans.append(window.plan)
+            self._planned_tokens += window.plan.num_tokens
+            self._shareable_tokens += window.plan.num_tokens - window.plan.min_computed
             self._rest.extend(window.prompts[place] for place in window.plan.order)
         return self._rest.popleft()
 
@@ -204,7 +209,14 @@ class BatchJob:
     @property
     def counts(self) -> BatchCounts:
         return BatchCounts(
-            self._total, self._completed, self._failed, self._prompt_tokens, self._cached_tokens, self._output_tokens
+            self._total,
+            self._completed,
+            self._failed,
+            self._prompt_tokens,
+            self._cached_tokens,
+            self._output_tokens,
+            self._planned_tokens,
+            self._shareable_tokens,
         )
 
     def prefixes(self) -> Iterator[SharedPrefix]:

@@ -106,9 +106,10 @@ class _Progress:
     def _rates(self, counts: BatchCounts) -> str:
         elapsed = max(time.monotonic() - self._begin, 1e-9)
         shared = counts.cached_tokens / max(counts.prompt_tokens, 1)
+        best = f" (at best {counts.shareable_tokens / counts.planned_tokens:.0%})" if counts.planned_tokens else ""
         return (
             f"in {counts.prompt_tokens / elapsed:.0f} tok/s, out {counts.output_tokens / elapsed:.0f} tok/s, "
-            f"{shared:.0%} of the prompts shared"
+            f"{shared:.0%} of the prompts shared{best}"
         )
 
     def close(self) -> None:
