@@ -6,9 +6,34 @@
 
 #include "core/error.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fs {
 
 namespace {
+
+// Linux hands out the tile registers on request, to the whole process and to threads that it makes later.
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22;  // cpuid 7.0, EDX
+  constexpr unsigned kAmxTile = 1u << 24;
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool machine_has(Isa isa) {
   if (isa == Isa::portable) return true;
@@ -25,8 +50,11 @@ bool machine_has(Isa isa) {
       return avx512;
     case Isa::avx512bf16:
       return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    case Isa::amxbf16:
+      return machine_has(Isa::avx512bf16) && may_use_amx();
     case Isa::avx512_emulated:
     case Isa::avx512bf16_emulated:
+    case Isa::amxbf16_emulated:
 #if defined(FS_EMULATE_AVX512)
       return avx2;
 #endif
@@ -43,8 +71,9 @@ std::atomic<int> g_active{-1};
 }  // namespace
 
 const char* name_of(Isa isa) {
-  constexpr const char* names[kNumIsas] = {"portable", "avx512_emulated", "avx512bf16_emulated",
-                                           "avx2",     "avx512",          "avx512bf16"};
+  constexpr const char* names[kNumIsas] = {
+      "portable", "avx512_emulated", "avx512bf16_emulated", "amxbf16_emulated",
+      "avx2",     "avx512",          "avx512bf16",          "amxbf16"};
   return names[static_cast<int>(isa)];
 }
 

@@ -13,8 +13,19 @@ namespace fs {
 //   avx2          AVX2 + FMA + F16C
 //   avx512        AVX-512 F/BW/VL/DQ
 //   avx512bf16    the same with BF16 and VNNI: bf16 weights multiply bf16 activations
-enum class Isa : int { portable, avx512_emulated, avx512bf16_emulated, avx2, avx512, avx512bf16 };
-inline constexpr int kNumIsas = 6;
+//   amxbf16       the same with AMX: they do so on matrix tiles. Only some ops have kernels of their own
+//                 there; the others run those of avx512bf16
+enum class Isa : int {
+  portable,
+  avx512_emulated,
+  avx512bf16_emulated,
+  amxbf16_emulated,
+  avx2,
+  avx512,
+  avx512bf16,
+  amxbf16
+};
+inline constexpr int kNumIsas = 8;
 
 const char* name_of(Isa isa);
 

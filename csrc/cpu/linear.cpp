@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/thread_pool.h"
+#include "cpu/amx_tile.h"
 #include "cpu/linear_tile.h"
 #include "cpu/panel_ranges.h"
 #include "cpu/weights.h"
@@ -110,6 +111,39 @@ struct Product {
   }
 };
 
+#if defined(FS_SIMD_AMX)
+// bfloat16 weights and activations on tile registers.
+void multiply_tiles(const Product<bf16, bf16>& product) {
+  for_panel_ranges(
+      num_panels(product.num_rows), product.num_tokens, product.depth * static_cast<int64_t>(sizeof(bf16)),
+      kPanelRows * product.depth, kMaxTileTokens, [&](Span panels, Span tokens) {
+        TileRegisters registers;
+        alignas(64) float sums[kMaxTileTokens * kPanelRows];
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+          const bf16* weights = product.packed + panel * padded_depth(product.depth) * kPanelRows;
+          const int64_t row = panel * kPanelRows;
+          const int64_t rest = product.num_rows - row;
+          const int64_t count = rest < kPanelRows ? rest : kPanelRows;
+          for (int64_t token = tokens.begin; token < tokens.end; token += kMaxTileTokens) {
+            const int64_t left = tokens.end - token;
+            const int num_tokens = left < kMaxTileTokens ? static_cast<int>(left) : kMaxTileTokens;
+            registers.multiply(sums, weights, product.x + token * product.x_stride, product.x_stride,
+                               num_tokens, product.depth);
+            for (int t = 0; t < num_tokens; ++t) {
+              float* out = product.out + (token + t) * product.out_stride + row;
+              const float* from = sums + t * kPanelRows;
+              if (product.bias != nullptr) {
+                for (int64_t n = 0; n < count; ++n) out[n] = from[n] + product.bias[row + n];
+              } else {
+                std::memcpy(out, from, static_cast<size_t>(count) * sizeof(float));
+              }
+            }
+          }
+        }
+      });
+}
+#endif
+
 #if defined(FS_SIMD_BF16)
 // The activations rounded to bf16, rows padded with a zero to an even length.
 void round_rows(bf16* rounded, const float* x, int64_t x_stride, int64_t num_tokens, int64_t depth) {
@@ -150,9 +184,12 @@ void linear(const Linear& op, const OpContext&) {
     const auto* x = op.x.ptr<const float>();
     const auto run = [&](const auto* activations, int64_t x_stride) {
       using X = std::remove_cvref_t<decltype(*activations)>;
-      Product<W, X>{out,  op.out.stride[0], packed,   activations, x_stride,
-                    bias, op.x.shape[0],    num_rows, depth}
-          .run();
+      const Product<W, X> product{out,  op.out.stride[0], packed,   activations, x_stride,
+                                  bias, op.x.shape[0],    num_rows, depth};
+#if defined(FS_SIMD_AMX)
+      if constexpr (std::is_same_v<W, bf16>) return multiply_tiles(product);
+#endif
+      product.run();
     };
 #if defined(FS_SIMD_BF16)
     if constexpr (std::is_same_v<W, bf16>) {
