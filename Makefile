@@ -18,7 +18,7 @@ CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test native wheel simulated check format unit cpp-test sanitize aarch64 clean
+.PHONY: demo test native wheel simulated check format unit cpp-test sanitize bench-cpp aarch64 clean
 
 demo: native $(INT4_MODEL)/config.json
 	$(PY) tools/demo.py $(INT4_MODEL)
@@ -112,6 +112,14 @@ aarch64: $(VENV)/.env
 	  -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_TESTS=ON && \
 	  $(CMAKE) --build build/aarch64 -j $(JOBS) --target all fastserve_cpu_portable) > build/aarch64.log || (cat build/aarch64.log; exit 1)
 	@$(call ctest,aarch64)
+
+# Not part of `test`: the C++ microbenchmarks, built into build/bench/bench/cpp.
+bench-cpp: $(VENV)/.env
+	@echo "== C++ microbenchmarks"
+	@mkdir -p build
+	@($(CMAKE) -G Ninja -S . -B build/bench -DPython_EXECUTABLE=$(abspath $(PY)) -DFASTSERVE_BUILD_MODULE=OFF \
+	  -DFASTSERVE_BUILD_BENCH=ON && $(CMAKE) --build build/bench -j $(JOBS)) > build/bench.log || (cat build/bench.log; exit 1)
+	@ls build/bench/bench/cpp/bench_*
 
 # ctest FOLDER
 define ctest

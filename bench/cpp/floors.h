@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What this machine can do, measured when a benchmark program starts: the denominators of "floor_%".
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace fs::bench {
+
+struct Floors {
+  double read_bytes_per_s;   // a plain read of 512 MB by all threads of the pool
+  double float_flops_per_s;  // fused multiply-adds of the widest vectors, registers only, all threads
+  double bf16_flops_per_s;   // the best bf16 product instruction of the active instruction set; else as above
+};
+
+const Floors& floors();  // measured on first use, with as many threads as the pool has
+
+// Adds rates and the share of the floor, max(bytes / read rate, flops / peak), to a benchmark that ran with
+// UseRealTime; bytes and flops are those that any implementation needs for one iteration.
+void report(benchmark::State& state, double bytes, double flops, double peak_flops_per_s);
+
+// Memory of a tensor, filled with small values of its dtype.
+class Owned {
+ public:
+  Owned(DType dtype, std::vector<int64_t> shape, float scale = 1.0f);
+  operator const Tensor&() const { return tensor_; }
+  template <class T>
+  T* ptr() const {
+    return tensor_.ptr<T>();
+  }
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  std::vector<unsigned char> bytes_;
+  Tensor tensor_;
+};
+
+// A view of integers that the caller owns.
+Tensor view_of(const int32_t* data, std::vector<int64_t> shape);
+
+// Parses --threads=N, prints the machine's floors, runs the benchmarks.
+int run_main(int argc, char** argv);
+
+}  // namespace fs::bench
