@@ -57,12 +57,13 @@ $(MODEL)/config.json: | native
 $(INT4_MODEL)/config.json: | native
 	$(PY) tools/fetch_demo_model.py --int4 $(INT4_MODEL)
 
-# With CUDA=OFF for CPU kernels only. The wheel's Python is the environment's own.
+# With CUDA=OFF for CPU kernels only, with CUDA_ARCHS="80;90" for fewer GPUs. The wheel's Python is the environment's own.
 CUDA ?= AUTO
+CUDA_ARCHS ?= release
 wheel: $(VENV)/.env $(MODEL)/config.json
 	@echo "== wheel"
 	@rm -rf dist build/wheel && mkdir -p build
-	@FASTSERVE_BUILD_TREE=build/wheel CMAKE_ARGS="-DFASTSERVE_CUDA=$(CUDA) -DFASTSERVE_CUDA_ARCHS=release" \
+	@FASTSERVE_BUILD_TREE=build/wheel CMAKE_ARGS="-DFASTSERVE_CUDA=$(CUDA) -DFASTSERVE_CUDA_ARCHS=$(CUDA_ARCHS)" \
 	  $(PY) setup.py -q bdist_wheel > build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
 	@$(PY) tools/prove_wheel.py dist/*.whl $(MODEL)
 
