@@ -147,7 +147,9 @@ class BatchBuilder:
         )
 
     def _graph_key(self, arrays: list[np.ndarray]) -> Hashable:
-        kept = tuple(tensor.data_ptr() for tensor in (*self.workspaces.values(), self.counters))
+        # Sizes too: an address may come back with another one.
+        tensors = (*self.workspaces.values(), self.counters)
+        kept = tuple((tensor.data_ptr(), tensor.numel()) for tensor in tensors)
         return tuple(array.shape for array in arrays), kept, self.device.stage_generation
 
     def _plan_attention(
@@ -235,15 +237,24 @@ class StepBuffers:
         self.logit_rows = floats(max_logit_rows, width)
         self.logit_residual = floats(max_logit_rows, width)
         self.logits = device.empty((max_logit_rows, config.vocab_size), torch.float32)
-        narrow = dtype != torch.float32  # then the head's result is widened
-        self.narrow_logits = floats(max_logit_rows if narrow else 0, config.vocab_size)
+        # What the head writes: the logits themselves, or narrower ones.
+        self.head_out = self.logits if dtype == torch.float32 else floats(max_logit_rows, config.vocab_size)
         workspace_bytes = max(linear.workspace_bytes(max(max_num_tokens, max_logit_rows)) for linear in linears)
         self.workspace = device.empty((workspace_bytes,), torch.uint8).zero_()
         self._views: dict[int, StepViews] = {}
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, torch.Tensor))
+        tensors = {id(t): t for t in vars(self).values() if isinstance(t, torch.Tensor)}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def float_logits(self, num_rows: int) -> torch.Tensor:
+        """float32 [num_rows, vocab_size], what the head has written last; valid until the next call. Not for recorded
+        work: it may be torch that widens them."""
+        logits = self.logits[:num_rows]
+        if self.head_out is not self.logits:
+            logits.copy_(self.head_out[:num_rows])
+        return logits
 
     def rows(self, num_tokens: int) -> StepViews:
         views = self._views.get(num_tokens)

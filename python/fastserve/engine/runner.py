@@ -108,7 +108,7 @@ class ModelRunner:
         else:
             self.graphs.run(batch.graph_key, lambda: self._compute(batch, views))
         if sampling:  # never more than max_num_seqs, which is what the logits buffer holds
-            logits = self.buffers.logits[: len(sampling)]
+            logits = self.buffers.float_logits(len(sampling))
             tokens = self.sampler.sample(logits, [plan.items[index].request for index in sampling])
             for index, token in zip(sampling, tokens, strict=True):
                 results[index] = token
@@ -126,7 +126,8 @@ class ModelRunner:
             self.model.logits(batch.sample_rows, views, self.buffers)
 
     def _logits(self, rows: list[int], views: StepViews) -> torch.Tensor:
-        return self.model.logits(self.device.upload(torch.tensor(rows, dtype=torch.int32)), views, self.buffers)
+        self.model.logits(self.device.upload(torch.tensor(rows, dtype=torch.int32)), views, self.buffers)
+        return self.buffers.float_logits(len(rows))
 
     def _prompt_logprobs(self, item: StepItem, first_row: int, views: StepViews) -> list[SampledToken]:
         """For each row of the item whose next token is in the prompt, that token with its logprobs. The logits are

@@ -92,22 +92,15 @@ class Model:
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             layer.forward(batch, cache, self.cos_sin, views)
 
-    def logits(self, rows: torch.Tensor, views: StepViews, buffers: StepBuffers) -> torch.Tensor:
-        """The logits of some rows (int32 [R], R <= buffers.max_logit_rows) of the step just computed:
-        float32 [R, vocab_size], valid until the next call."""
+    def logits(self, rows: torch.Tensor, views: StepViews, buffers: StepBuffers) -> None:
+        """The logits of some rows (int32 [R], R <= buffers.max_logit_rows) of the step just computed, for
+        `buffers.float_logits`."""
         num_rows = rows.shape[0]
         hidden, residual = buffers.logit_rows[:num_rows], buffers.logit_residual[:num_rows]
         self.ops.embedding(hidden, rows, views.sublayer_out)  # gathers rows of any matrix
         self.ops.embedding(residual, rows, views.residual)
         self.norm(hidden, hidden, residual)
-        logits = buffers.logits[:num_rows]
-        if logits.dtype == hidden.dtype:
-            self.lm_head(logits, hidden, buffers.workspace)
-        else:
-            narrow = buffers.narrow_logits[:num_rows]
-            self.lm_head(narrow, hidden, buffers.workspace)
-            logits.copy_(narrow)
-        return logits
+        self.lm_head(buffers.head_out[:num_rows], hidden, buffers.workspace)
 
 
 class Layer:
