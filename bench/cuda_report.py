@@ -4,8 +4,9 @@
     python bench/cuda_report.py                        registers, shared memory, occupancy of every built kernel
     python bench/cuda_report.py --sass rms_norm        the instruction mix of its hot loop (or whole kernel)
 
-The first reads what the build kept of ptxas (folder --build, FASTSERVE_CUDA=ON). The second compiles the file for one
-architecture and needs nvdisasm: pip install nvidia-cuda-nvdisasm.
+The first reads what the build kept of ptxas (folder --build, FASTSERVE_CUDA=ON). ptxas knows static shared memory only:
+where a file's kernels get theirs at the launch, the occupancy is an upper bound, marked with "<=". The second compiles
+the file for one architecture and needs nvdisasm: pip install nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def print_usage(build: Path) -> None:
         )
     print(f"{'kernel':52} {'arch':7} {'regs':>4} {'shared':>6} {'threads':>7} {'blocks/SM':>9} {'occupancy':>9}")
     for report in reports:
-        statements = read_statements((ROOT / "csrc" / "cuda" / f"{report.stem}.cu").read_text())
+        sources = [ROOT / "csrc" / "cuda" / f"{report.stem}{ending}" for ending in (".cu", ".cuh")]
+        statements = read_statements(sources[0].read_text())
+        dynamic = any("extern __shared__" in path.read_text() for path in sources if path.exists())
         for use in read_report(report.read_text()):
             name = kernel_name(use.symbol, list(statements))
             if name is None or use.arch not in MULTIPROCESSORS:
@@ -92,7 +95,7 @@ def print_usage(build: Path) -> None:
             label = name.removesuffix("_kernel") + template_arguments(use.symbol, name)
             print(
                 f"{label:52} {use.arch:7} {use.registers:4} {use.static_shared_bytes:6} {threads:7} {blocks:9} "
-                f"{occupancy:9.0%}"
+                f"{'<=' if dynamic else '':3}{occupancy:6.0%}"
             )
 
 

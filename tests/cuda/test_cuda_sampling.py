@@ -10,6 +10,7 @@ import pytest
 import torch
 from cuda_device import Gpu, SimulatedDevice, find_devices
 
+import op_cases
 from fastserve import _native
 from sampling_reference import RowParams, arguments_of
 
@@ -56,3 +57,26 @@ def test_reads_the_logits_so_many_times(device: SimulatedDevice, params: RowPara
     device.run("sample", arguments_of(logits, [params]))
     (launch,) = device.counters()
     assert launch["buffers"]["logits"]["read"] == passes * logits.numel() * 4
+    assert_ideal_loads(launch)
+    if params.top_k <= 0 and params.top_p >= 1:  # else the candidates are gathered, wherever they lie
+        for space, unit in (("global", "sectors"), ("shared", "wavefronts")):
+            stores = launch[space]["store"]
+            assert stores[unit] == stores["ideal_sectors" if space == "global" else "ideal"]
+
+
+def assert_ideal_loads(launch: dict[str, Any]) -> None:
+    """Every sector that was fetched was asked for in full, and no two lanes wanted one bank at a time."""
+    assert launch["global"]["load"]["sectors"] == launch["global"]["load"]["ideal_sectors"]
+    assert launch["shared"]["load"]["wavefronts"] == launch["shared"]["load"]["ideal"]
+
+
+@pytest.mark.parametrize("device", [d for d in DEVICES if isinstance(d, SimulatedDevice)], ids=lambda d: d.name)
+def test_token_logprobs_reads_the_logits_twice_and_in_whole_sectors(device: SimulatedDevice) -> None:
+    (case,) = [c for c in op_cases.load().cases if (c.op, c.id) == ("token_logprobs", "B3-V5000-L20")]
+    arguments = case.make(torch.Generator().manual_seed(5))
+    device.run("token_logprobs", arguments)
+    (launch,) = device.counters()
+    assert_ideal_loads(launch)
+    logits = arguments["logits"]
+    # And each of a row's 1,024 threads looks at the logit of the row's token, which is one sector for all of them.
+    assert launch["buffers"]["logits"]["read"] == 2 * logits.numel() * 4 + logits.shape[0] * 4 * (1024 + 1)
