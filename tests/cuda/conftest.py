@@ -8,7 +8,9 @@ from cuda_device import find_devices
 
 torch.set_num_threads(1)  # the references are small: threads that wait for one another take most of their time
 DEVICES = find_devices()
-collect_ignore = [] if DEVICES else ["test_cuda_int4.py", "test_cuda_ops.py", "test_cuda_sampling.py"]
+collect_ignore = (
+    [] if DEVICES else ["test_cuda_attention.py", "test_cuda_int4.py", "test_cuda_ops.py", "test_cuda_sampling.py"]
+)
 
 
 def pytest_report_header() -> str:
