@@ -18,7 +18,7 @@ CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test native wheel simulated check format unit cpp-test sanitize bench-cpp aarch64 clean
+.PHONY: demo test native wheel nvcc simulated check format unit cpp-test sanitize bench-cpp aarch64 clean
 
 demo: native $(INT4_MODEL)/config.json
 	$(PY) tools/demo.py $(INT4_MODEL)
@@ -41,12 +41,14 @@ $(VENV)/.installed: $(VENV)/.env
 
 # Incremental. `make native PYTHON=/path/to/python` builds for an environment of your own, which must have the build
 # requirements. The tests run the AVX-512 kernels on machines without AVX-512, so they are built emulated as well.
-NATIVE_FLAGS := -DFASTSERVE_EMULATE_AVX512=ON
+# On a machine with a GPU its CUDA kernels are part of the module, and tests/cuda runs them there.
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 | tr -d .)
+NATIVE_FLAGS := -DFASTSERVE_EMULATE_AVX512=ON $(if $(GPU_ARCH),-DFASTSERVE_CUDA=ON -DFASTSERVE_CUDA_ARCHS=$(GPU_ARCH))
 ifeq ($(origin PYTHON),command line)
 native: NATIVE_PYTHON := $(PYTHON)
 else
 native: NATIVE_PYTHON := $(PY)
-native: $(VENV)/.installed
+native: $(if $(GPU_ARCH),nvcc) $(VENV)/.installed
 endif
 native:
 	@CMAKE_ARGS="$(NATIVE_FLAGS)" $(NATIVE_PYTHON) setup.py -q build_ext --inplace
@@ -73,13 +75,15 @@ unit: native simulated $(MODEL)/config.json $(INT4_MODEL)/config.json
 	@echo "== pytest"
 	@$(PY) -m pytest
 
-# The simulated CUDA device with its own tests, and the kernels on it for tests/cuda. nvcc comes from PyPI where none is
-# installed.
-simulated: $(VENV)/.env
+# nvcc comes from PyPI where none is installed.
+nvcc: $(VENV)/.env
+	@command -v nvcc > /dev/null || test -x /usr/local/cuda/bin/nvcc || $(PY) tools/install_requirements.py cuda
+
+# The simulated CUDA device with its own tests, and the kernels on it for tests/cuda.
+simulated: $(VENV)/.env nvcc
 	@echo "== simulated CUDA device"
 	@mkdir -p build
 	@tools/ensure_googletest.sh
-	@command -v nvcc > /dev/null || test -x /usr/local/cuda/bin/nvcc || $(PY) tools/install_requirements.py cuda
 	@$(CMAKE) -G Ninja -S . -B build/sim -DPython_EXECUTABLE=$(abspath $(PY)) -DFASTSERVE_CUDA=ON \
 	  -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_SIMULATED=ON > build/sim.log || (cat build/sim.log; exit 1)
 	@$(CMAKE) --build build/sim -j $(JOBS) > build/sim.log || (cat build/sim.log; exit 1)
