@@ -18,6 +18,12 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SPECS = {row["op"]: {spec["name"]: spec for spec in row["args"]} for row in _native.op_table()}
 
 
+def isas_of(op: str) -> list[str]:
+    """The instruction sets that run here and have a kernel of their own for the op."""
+    own = next(row["cpu"] for row in _native.op_table() if row["op"] == op)
+    return [isa for isa in _native.isas() if isa in own]
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes as integers of its element size: NaNs compare like anything else."""
     return tensor.view(INTEGERS[tensor.element_size()])

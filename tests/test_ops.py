@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from op_checks import (
     assert_close,
     assert_rows_independent,
     assert_same_bits,
+    isas_of,
     reference_inputs,
     run_guarded,
 )
@@ -40,8 +41,15 @@ def make(case: OpCase | BadCase) -> Arguments:
     return case.make(torch.Generator().manual_seed(SEED))
 
 
-@pytest.mark.parametrize("isa", _native.isas())
-@pytest.mark.parametrize("case", TABLE.cases, ids=lambda case: f"{case.op}-{case.id}")
+def on_every_isa(cases: Sequence[OpCase | BadCase]) -> Any:
+    """The cases on each instruction set that has a kernel of its own for their op."""
+    return pytest.mark.parametrize(
+        ("case", "isa"),
+        [pytest.param(case, isa, id=f"{case.op}-{case.id}-{isa}") for case in cases for isa in isas_of(case.op)],
+    )
+
+
+@on_every_isa(TABLE.cases)
 def test_matches_the_reference_bit_for_bit_reproducibly(case: OpCase, isa: str) -> None:
     _native.set_isa(isa)
     _native.set_num_threads(1)
@@ -173,8 +181,7 @@ def test_refuses_bad_calls(op: str) -> None:
         function(arguments[first], **arguments)
 
 
-@pytest.mark.parametrize("isa", _native.isas())
-@pytest.mark.parametrize("case", TABLE.bad_cases, ids=lambda case: f"{case.op}-{case.id}")
+@on_every_isa(TABLE.bad_cases)
 def test_refuses_bad_values(case: BadCase, isa: str) -> None:
     _native.set_isa(isa)
     with pytest.raises(ValueError, match=case.message):

@@ -8,6 +8,7 @@
 // Bound: with few tokens memory, the packed bytes once; with many the multiply instructions, of which a block
 // of 32 inputs needs 8 (int8 activations) or 16 (bf16) per token and 16 rows, and 2 or 3 more to scale the
 // sum.
+#include "cpu/amx_quantized_tile.h"
 #include "cpu/panel_ranges.h"
 #include "cpu/quantize_rows.h"
 #include "cpu/quantized_tile.h"
@@ -39,26 +40,55 @@ template <int M, class F>
   f(Index<M>{});
 }
 
-// tile(Index<M>, panel, token) over everything.
-template <class Input, class F>
-void run_tiles(const QuantizedProduct<Input>& op, int64_t num_tokens, const F& tile) {
+// No tile wider than the ordinary ones.
+struct NoWideTiles {
+  static constexpr int kTokens = 1;
+  struct Setup {};
+  void operator()(int64_t, int64_t) const {}
+};
+
+// tile(Index<M>, panel, token) over everything but what wide(panel, token) takes, wide.kTokens at a time.
+template <class Input, class Wide, class F>
+void run_tiles(const QuantizedProduct<Input>& op, int64_t num_tokens, const Wide& wide, const F& tile) {
   const int64_t depth = op.panels.padded_depth();
-  for_panel_ranges(op.panels.num_panels(), num_tokens, depth * static_cast<int64_t>(sizeof(Input)),
-                   QuantizedPanels::kRows * depth, kMaxTokens, [&](Span panels, Span tokens) {
-                     const int64_t num_tiles = (tokens.size() + kMaxTokens - 1) / kMaxTokens;
-                     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-                       for (int64_t i = 0; i < num_tiles; ++i) {
-                         const Span piece = part(tokens.size(), num_tiles, i);
-                         with_tokens<kMaxTokens>(piece.size(),
-                                                 [&](auto m) { tile(m, panel, tokens.begin + piece.begin); });
-                       }
-                     }
-                   });
+  const auto range = [&](Span panels, Span units) {
+    const int64_t end = units.end * Wide::kTokens;
+    const Span tokens{units.begin * Wide::kTokens, end < num_tokens ? end : num_tokens};
+    const int64_t num_wide = Wide::kTokens > 1 ? tokens.size() / Wide::kTokens : 0;
+    const Span rest{tokens.begin + num_wide * Wide::kTokens, tokens.end};
+    const int64_t num_tiles = (rest.size() + kMaxTokens - 1) / kMaxTokens;
+    [[maybe_unused]] const typename Wide::Setup setup;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      for (int64_t i = 0; i < num_wide; ++i) wide(panel, tokens.begin + i * Wide::kTokens);
+      for (int64_t i = 0; i < num_tiles; ++i) {
+        const Span piece = part(rest.size(), num_tiles, i);
+        with_tokens<kMaxTokens>(piece.size(), [&](auto m) { tile(m, panel, rest.begin + piece.begin); });
+      }
+    }
+  };
+  for_panel_ranges(op.panels.num_panels(), (num_tokens + Wide::kTokens - 1) / Wide::kTokens,
+                   depth * static_cast<int64_t>(sizeof(Input)) * Wide::kTokens,
+                   QuantizedPanels::kRows * depth * Wide::kTokens, Wide::kTokens > 1 ? 1 : kMaxTokens, range);
 }
 
+#if defined(FS_SIMD_AMX) && !defined(FS_SIMD_EMULATED)
 template <class Products, bool kHasOffsets>
-void run_blocks(const QuantizedProduct<typename Products::Input>& op, int64_t num_tokens) {
-  run_tiles(op, num_tokens, [&](auto m, int64_t panel, int64_t token) {
+struct AmxTile {
+  static constexpr int kTokens = kAmxTokens;
+  using Setup = AmxTiles;
+  const QuantizedProduct<int8_t>& op;
+
+  void operator()(int64_t panel, int64_t token) const {
+    amx_tile<Products, kHasOffsets>(op, panel, 0, token);
+    amx_tile<Products, kHasOffsets>(op, panel, 1, token);
+  }
+};
+#endif
+
+template <class Products, bool kHasOffsets, class Wide = NoWideTiles>
+void run_blocks(const QuantizedProduct<typename Products::Input>& op, int64_t num_tokens,
+                const Wide& wide = {}) {
+  run_tiles(op, num_tokens, wide, [&](auto m, int64_t panel, int64_t token) {
     constexpr int V = m.value == 1 ? kVectorsOfHalf : 1;
     each_piece<Products::kHalves, V>(
         [&](int first) { block_tile<Products, kHasOffsets, V, m.value>(op, panel, first, token); });
@@ -67,7 +97,7 @@ void run_blocks(const QuantizedProduct<typename Products::Input>& op, int64_t nu
 
 template <int kBits>
 void run_dequantized(const QuantizedProduct<float>& op, int64_t num_tokens) {
-  run_tiles(op, num_tokens, [&](auto m, int64_t panel, int64_t token) {
+  run_tiles(op, num_tokens, NoWideTiles{}, [&](auto m, int64_t panel, int64_t token) {
     constexpr int V = m.value == 1 ? kVectorsOfHalf : 1;
     each_piece<kBits == 4 ? 2 : 1, V>(
         [&](int first) { dequantized_tile<kBits, V, m.value>(op, panel, first, token); });
@@ -93,8 +123,15 @@ template <class Products, bool kHasOffsets>
 void run_integer(QuantizedProduct<int8_t> op, const Rows& rows, const Tensor& workspace, int zero_code) {
   const Prepared<int8_t> to(workspace, rows);
   const int64_t num_blocks = rows.num_blocks();
+#if defined(FS_SIMD_AMX) && !defined(FS_SIMD_EMULATED)
+  const int64_t num_wide = rows.count - rows.count % kAmxTokens;
+#else
+  constexpr int64_t num_wide = 0;
+#endif
   rows.each_block([&](int64_t row, int64_t index, const float (&block)[kBlock]) {
-    const int64_t at = row * num_blocks + index;
+    int64_t at = row * num_blocks + index;
+    if (row < num_wide)
+      at = (row - row % 16) * num_blocks + index * 16 + row % 16;  // see amx_quantized_tile.h
     const QuantizedBlock quantized = quantize_block(to.x + at * kBlock, block);
     to.first[at] = quantized.scale;
     if (kHasOffsets) {
@@ -107,6 +144,11 @@ void run_integer(QuantizedProduct<int8_t> op, const Rows& rows, const Tensor& wo
   op.x_scales = to.first;
   op.offsets = kHasOffsets ? nullptr : static_cast<const int32_t*>(to.second);
   op.x_sums = kHasOffsets ? static_cast<const float*>(to.second) : nullptr;
+#if defined(FS_SIMD_AMX) && !defined(FS_SIMD_EMULATED)
+  if (rows.count >= kAmxTokens) {
+    return run_blocks<Products, kHasOffsets>(op, rows.count, AmxTile<Products, kHasOffsets>{op});
+  }
+#endif
   run_blocks<Products, kHasOffsets>(op, rows.count);
 }
 

@@ -9,7 +9,8 @@
 
 #include "core/simd.h"
 #include "cpu/code_products.h"
-#include "cpu/linear_tile.h"  // each, load_rows
+#include "cpu/linear_tile.h"    // each, load_rows
+#include "cpu/quantize_rows.h"  // kBlock
 #include "layout/quantized_panel.h"
 
 namespace fs::FS_ISA {
