@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fastserve import LLM, FastserveError, SamplingParams
+from fastserve import LLM, AsyncLLM, FastserveError, SamplingParams
 from fastserve.batch_file import BadLine, ResultsFile, count_lines, parse_line, read_lines, result_line
 from fastserve.batch_job import BatchJob
 from fastserve.cli import main
@@ -220,6 +221,59 @@ def test_a_results_file_is_never_lost_by_accident(tmp_path: Path) -> None:
     assert not again.done.has(2, "a")
     assert (again.done.num_done, again.done.num_failed) == (1, 1)
     again.close()
+
+
+def test_an_interrupted_sync_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.jsonl"
+    results = ResultsFile(path)
+    texts = [result_line(i, f"{i}", status=200, request_id="", body={}) for i in (1, 2, 3)]
+    results.add(texts[0])
+    results.sync()
+    for text in texts[1:]:
+        results.add(text)
+    with monkeypatch.context() as patch:
+
+        def interrupted(file: int) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            results.sync()
+    results.sync()
+    results.sync()
+    results.close()
+    assert path.read_bytes() == b"".join(texts)
+
+
+def test_a_job_runs_on_an_async_engine(llm: LLM, tiny_dir: Path, tmp_path: Path) -> None:
+    lines = [line(f"{i}", f"{'so many words ' * (4 * (i % 3))}{i}", temperature=1.0, n=1 + i % 2) for i in range(12)]
+    expected = run(llm, tmp_path, lines)
+
+    async def answer(engine: AsyncLLM, job: BatchJob) -> None:
+        async def one(prompt: Any) -> None:
+            stream = engine.generate(
+                {"prompt_token_ids": list(prompt.token_ids)}, prompt.params, priority=prompt.priority,
+                cache_salt=prompt.cache_salt, index=prompt.index, shared_prefix=prompt.shared_prefix,
+            )  # fmt: skip
+            async for output in stream:
+                job.take(prompt, output)
+                job.sync()
+
+        tasks = []
+        while (prompt := await asyncio.to_thread(job.next)) is not None:
+            tasks.append(asyncio.ensure_future(one(prompt)))
+        await asyncio.gather(*tasks)
+        engine.end_batch(job.prefixes())
+
+    with AsyncLLM(tiny_dir, **ENGINE) as engine, open(tmp_path / "in.jsonl", "rb") as source:
+        results = ResultsFile(tmp_path / "out.jsonl", overwrite=True)
+        with BatchJob(engine.loaded, source, results, ["tiny"], window_tokens=40) as job:
+            asyncio.run(answer(engine, job))
+    found = read_results(tmp_path)
+    assert found.keys() == expected.keys()
+    for number, result in found.items():
+        assert result["response"]["body"]["choices"] == expected[number]["response"]["body"]["choices"]
+    assert engine.loaded.engine.stats.num_used_blocks == 0
 
 
 def test_long_lines_take_no_memory(tmp_path: Path) -> None:

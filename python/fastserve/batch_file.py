@@ -167,7 +167,9 @@ class ResultsFile:
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = Path(path)
         self.done = DoneLines()
-        self._pending: list[bytes] = []
+        # Where the file ends, and what comes next. One value, and a write to a place: a sync that Ctrl-C interrupts
+        # can be repeated.
+        self._tail: tuple[int, list[bytes]] = (0, [])
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._take(resume, overwrite)
@@ -177,16 +179,18 @@ class ResultsFile:
 
     def add(self, line: bytes) -> None:
         """A whole line, to be written by the next `sync`."""
-        self._pending.append(line)
+        self._tail[1].append(line)
 
     def sync(self) -> None:
-        if not self._pending:
+        end, lines = self._tail
+        if not lines:
             return
-        data = memoryview(b"".join(self._pending))
+        data = memoryview(b"".join(lines))
         while data:
-            data = data[os.write(self._file, data) :]
+            written = os.pwrite(self._file, data, end)
+            data, end = data[written:], end + written
         os.fsync(self._file)
-        self._pending.clear()
+        self._tail = (end, [])
 
     def close(self) -> None:
         """Gives up the file; what was not synced is not in it."""
@@ -203,7 +207,7 @@ class ResultsFile:
             raise FastserveError(f"{self.path} has content; --resume goes on with it, --overwrite replaces it")
         end = self._read_done() if resume else 0
         os.ftruncate(self._file, end)
-        os.lseek(self._file, end, os.SEEK_SET)
+        self._tail = (end, [])
         os.fsync(self._file)
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
