@@ -43,18 +43,24 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
   return d;
 }
 
+// Byte i of x in the lower and the upper 16 bits.
+__device__ __forceinline__ uint32_t twice_byte(uint32_t x, uint32_t i) {
+  return __byte_perm(x, 0, 0x4040u | i * 0x101u);
+}
+
 // What is added to make `code - zero`, twice: for the rows g and g + 8 of a fragment.
 template <class T>
 struct MinusZero {
   uint32_t row[2];
+  // Zero points of the two rows, each twice: in the lower and the upper 16 bits.
   __device__ __forceinline__ MinusZero(uint32_t low, uint32_t high);
 };
 template <>
 __device__ __forceinline__ MinusZero<f16>::MinusZero(uint32_t low, uint32_t high)
-    : row{0xe400e400u | low * 0x10001u, 0xd400d400u | high * 0x100010u} {}  // -(1024 + low), -(64 + high)
+    : row{0xe400e400u + low, 0xd400d400u + high * 16} {}  // -(1024 + low), -(64 + high)
 template <>
 __device__ __forceinline__ MinusZero<bf16>::MinusZero(uint32_t low, uint32_t high)
-    : row{0xc300c300u | low * 0x10001u, 0xc300c300u | high * 0x10001u} {}  // -(128 + zero)
+    : row{0xc300c300u + low, 0xc300c300u + high} {}  // -(128 + zero)
 
 // Fragment a of a 16 x 16 block: its eight codes less the zero points of their rows.
 template <class T>

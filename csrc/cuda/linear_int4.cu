@@ -79,7 +79,6 @@ void linear_of(const LinearInt4& op, const Int4Layout& layout, Int4Form form, cu
   operands.num_columns = static_cast<int>(num_columns);
   operands.depth = static_cast<int>(depth);
   operands.num_panels = static_cast<int>(layout.num_panels);
-  operands.num_groups = static_cast<int>(layout.num_groups);
   operands.scales_at = static_cast<int>(layout.code_bytes);
   operands.offsets_at = static_cast<int>(layout.code_bytes + layout.scale_bytes);
   operands.stripes = make_stripes(num_columns, depth, multiprocessors);
@@ -123,7 +122,7 @@ void linear_int4(const LinearInt4& op, const OpContext& context) {
                                 << "; the cuda kernel takes multiples of 8, and rows of x that start at "
                                 << "multiples of 16 bytes");
   FS_CHECK(depth > 0 && depth <= 1 << 24 && num_columns <= kStripeCounters * kStripeColumns &&
-               num_rows <= kMaxGridY,
+               num_rows <= kMaxGridY && op.x.stride[0] < int64_t{1} << 30,
            "linear_int4: " << num_rows << " x " << num_columns << " x " << depth << " is too large");
   if (op.x.dtype == DType::f16) {
     linear_of<f16>(op, layout, form, stream_of(context));

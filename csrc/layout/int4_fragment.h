@@ -3,10 +3,10 @@
 // Where `pack_int4` puts 4-bit codes, scales and zero points or minimums on a CUDA device.
 //
 // A weight [N, K] becomes ceil(N / 32) panels of 32 output rows. A panel is one forward stream for the warp
-// that owns its rows: first the codes, K rounded up to 64, then the scales, then the zero points or minimums.
-// Weights are the left operand of the tensor cores' product of 16 x 16 by 16 x 8 (fragment a in
-// cuda/ptx.cuh): a lane's codes of a 16 x 16 block are one 32-bit word, and 32 inputs of the panel are four
-// words a lane, so that a lane copies, and later reads, 16 bytes that nobody else needs:
+// that owns its rows: first the codes, K rounded up to 64, then the scales, K rounded up to 128, then the
+// zero points or minimums. Weights are the left operand of the tensor cores' product of 16 x 16 by 16 x 8
+// (fragment a in cuda/ptx.cuh): a lane's codes of a 16 x 16 block are one 32-bit word, and 32 inputs of the
+// panel are four words a lane, so that a lane copies, and later reads, 16 bytes that nobody else needs:
 //
 //   codes    [k / 32][lane = 4 g + t][k / 16 % 2][block][word]      n % 32 = 16 block + 8 high + g
 //   word     bits 4 i .. 4 i + 3 with i = high + 2 half + 4 low     k % 16 = 8 half + 2 t + low
@@ -28,6 +28,7 @@ namespace fs {
 
 inline constexpr int64_t kInt4Rows = 32;   // of a panel
 inline constexpr int64_t kInt4Depth = 64;  // K is padded to a multiple
+inline constexpr int64_t kInt4Unit = 128;  // inputs of a stage of the kernel; whole units have scales
 
 struct Int4Layout {
   int64_t num_panels;
@@ -46,7 +47,8 @@ FS_HOST_DEVICE constexpr Int4Layout int4_layout(int64_t num_rows, int64_t depth,
   const int64_t padded = (depth + kInt4Depth - 1) / kInt4Depth * kInt4Depth;
   layout.code_bytes = padded * kInt4Rows / 2;
   layout.group_size = group_size >= depth ? 0 : group_size % 128 == 0 ? 128 : group_size % 64 == 0 ? 64 : 32;
-  layout.num_groups = layout.group_size == 0 ? 1 : (depth + layout.group_size - 1) / layout.group_size;
+  layout.num_groups =
+      layout.group_size == 0 ? 1 : (depth + kInt4Unit - 1) / kInt4Unit * (kInt4Unit / layout.group_size);
   layout.scale_bytes = layout.num_groups * kInt4Rows * 2;
   layout.offset_bytes = form == Int4Form::symmetric     ? 0
                         : form == Int4Form::zero_points ? layout.num_groups * kInt4Rows

@@ -64,10 +64,10 @@ class Int4Weight:
         parts = [parts[0].to(torch.uint8).reshape(panels, -1)]
         for values in (self.scales, self.zero_points, self.minimums):
             if values is not None:
-                groups = 1 if stored == 0 else -(-depth // stored)
+                groups = 1 if stored == 0 else -(-depth // 128) * 128 // stored
                 spread = torch.zeros(panels * 32, groups, dtype=values.dtype)
-                start = torch.arange(groups) * max(stored, 1) // self.group_size
-                spread[:rows] = values[:, start]
+                begin = torch.arange(groups) * stored
+                spread[:rows, begin < depth] = values[:, begin[begin < depth] // self.group_size]
                 by_row = spread.reshape(panels, 2, 2, 8, groups).permute(0, 4, 3, 1, 2).contiguous()
                 parts.append(by_row.view(torch.uint8).reshape(panels, -1))
         return torch.cat(parts, dim=1)
@@ -87,7 +87,7 @@ def unpack(packed: torch.Tensor, rows: int, depth: int, group_size: int, form: i
     nibbles = packed[:, :code_bytes].long().unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(15)
     axes = nibbles.reshape(panels, padded // 32, 8, 4, 2, 2, 2, 2, 2)  # k / 32, g, t, step, block, low, half, high
     codes = axes.permute(0, 5, 8, 2, 1, 4, 7, 3, 6).reshape(panels * 32, padded)
-    groups = 1 if stored == 0 else -(-depth // stored)
+    groups = 1 if stored == 0 else -(-depth // 128) * 128 // stored
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         by_row = values.reshape(panels, groups, 8, 2, 2).permute(0, 3, 4, 2, 1).reshape(panels * 32, groups)
