@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import fastserve
+from fastserve.bench import offline
 from fastserve.bench import serve as bench_serve
 from fastserve.server.options import TOOL_FORMATS, add_serve_arguments
 from fastserve.simulate.command import DESCRIPTION as SIMULATE_DESCRIPTION
@@ -159,6 +160,21 @@ def _add_bench_parser(commands: Any) -> None:
     )
     bench_serve.add_arguments(serve)
     serve.set_defaults(run=bench_serve.run)
+    throughput = kinds.add_parser(
+        "throughput", help="tokens per second of a batch", description="Complete a batch of prompts of real text."
+    )
+    offline.add_throughput_arguments(throughput)
+    throughput.set_defaults(run=offline.run_throughput)
+    latency = kinds.add_parser(
+        "latency", help="seconds of one batch", description="Time the same batch again and again, without caching."
+    )
+    offline.add_latency_arguments(latency)
+    latency.set_defaults(run=offline.run_latency)
+    startup = kinds.add_parser(
+        "startup", help="seconds until the first token", description="Time new processes up to their first token."
+    )
+    offline.add_startup_arguments(startup)
+    startup.set_defaults(run=offline.run_startup)
 
 
 def _add_quantize_parser(commands: Any) -> None:
