@@ -229,6 +229,7 @@ OPTIONS: dict[str, list[Any]] = {
     "skip_special_tokens": [True, False],
     "logit_bias": [{"40": 5, "41": -100}],
     "allowed_token_ids": [[40, 41, 42, 43]],
+    "bad_words": [["the", "Z"], ["quick brown"]],
     "logprobs": [0, 1, 5],
     "prompt_logprobs": [0, 2],
     "echo": [True, False],
@@ -243,7 +244,7 @@ OPTIONS: dict[str, list[Any]] = {
         {"grammar": 'start: "a" | "b" start'},
     ],
 }
-NOT_WITH_STRUCTURE = ("ignore_eos", "min_tokens", "allowed_token_ids")
+NOT_WITH_STRUCTURE = ("ignore_eos", "min_tokens", "allowed_token_ids", "bad_words")
 PROMPTS: list[Any] = ["The quick", [5, 6, 7], ["a", "b"], "word " * 30, [[9, 8], [7]]]
 
 

@@ -80,7 +80,7 @@ def test_what_is_not_given_is_the_models_default() -> None:
     [
         ({"best_of": 3}, "best_of is not supported"),
         ({"suffix": "end"}, "suffix is not supported"),
-        ({"bad_words": ["x"]}, "bad_words is not supported"),
+        ({"bad_words": [""]}, "bad_words"),
         ({"logprobz": 1}, "logprobz: unknown field"),
         ({"temperature": "warm"}, "temperature"),
         ({"temperature": -1}, "temperature=-1"),

@@ -117,6 +117,36 @@ def test_tokens_taken_back_are_not_counted() -> None:
     assert ids(sampler.sample(logits, [r])) == [1]
 
 
+def test_a_bad_word_is_banned_only_where_it_would_be_completed() -> None:
+    sampler = make_sampler()
+    # "ab" is [10, 11], with a space before it [20, 11]; " c" begins with the token of a space, which stays allowed
+    words = {"ab": [10, 11], " ab": [20, 11], "c": [30], " c": [21, 30], "d": [40], " d": [41]}
+    sampler.encode = words.__getitem__
+    row = request("r", [10], temperature=0, bad_words=["ab", " c", "d"])
+    other = request("other", [10], temperature=0)
+
+    def banned() -> set[int]:
+        found = set()
+        for token_id in range(VOCAB):
+            logits = torch.zeros(2, VOCAB)
+            logits[:, token_id] = 5.0
+            mine, others = ids(sampler.sample(logits, [row, other]))
+            assert others == token_id
+            if mine != token_id:
+                found.add(token_id)
+        return found
+
+    assert banned() == {30, 40, 41}  # the prompt's 10 is no beginning of a bad word
+    row.token_ids.append(10)
+    assert banned() == {30, 40, 41, 11}
+    row.token_ids.append(5)
+    assert banned() == {30, 40, 41}
+    row.token_ids.append(20)
+    assert banned() == {30, 40, 41, 11}
+    sampler.forget("r")
+    assert sampler._states == {}
+
+
 def test_min_tokens_bans_every_end_until_reached() -> None:
     sampler, logits = make_sampler(), torch.zeros(2, VOCAB)
     logits[:, 98], logits[:, 99], logits[:, 7] = 3.0, 2.0, 1.0

@@ -39,6 +39,7 @@ def test_defaults_are_those_users_know():
         "logit_bias": None,
         "allowed_token_ids": None,
         "structured_outputs": None,
+        "bad_words": (),
     }
 
 

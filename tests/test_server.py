@@ -51,6 +51,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"seed": 3, "top_k": 5, "min_p": 0.05, "repetition_penalty": 1.2, "min_tokens": 4},
     {"seed": 1, "stop": ["e", "o"], "include_stop_str_in_output": True},
     {"seed": 2, "allowed_token_ids": [40, 41, 42], "ignore_eos": True},
+    {"temperature": 0, "bad_words": ["e", "the"], "ignore_eos": True},
 ]
 OPENAI_FIELDS = {"temperature", "top_p", "n", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias"}
 

@@ -19,6 +19,7 @@ MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
+MAX_BAD_WORDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LENGTH = 2**31 - 1
@@ -185,6 +186,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # token id -> value in [-100, 100] added to its logit
     allowed_token_ids: Iterable[int] | None = None  # None = all
     structured_outputs: StructuredOutputs | None = None  # what the output must match
+    # Texts whose tokens never come in this order; each as given and with a space before it.
+    bad_words: Iterable[str] | None = None
 
     def __post_init__(self) -> None:
         put = self._put
@@ -231,7 +234,8 @@ class SamplingParams:
 
     def _check_lists(self) -> None:
         put = self._put
-        put("stop", self._checked_stop())
+        put("stop", self._checked_texts("stop", self.stop, MAX_STOP_STRINGS))
+        put("bad_words", self._checked_texts("bad_words", self.bad_words, MAX_BAD_WORDS))
         stop_ids = () if self.stop_token_ids is None else self.stop_token_ids
         put("stop_token_ids", _token_ids("stop_token_ids", stop_ids, MAX_STOP_TOKEN_IDS))
         if self.stop and not self.detokenize:
@@ -243,18 +247,19 @@ class SamplingParams:
             if not self.allowed_token_ids:
                 raise _reject("allowed_token_ids", (), "None or a list of at least one token id")
 
-    def _checked_stop(self) -> tuple[str, ...]:
-        if self.stop is None:
+    @staticmethod
+    def _checked_texts(name: str, given: Any, limit: int) -> tuple[str, ...]:
+        if given is None:
             return ()
-        given: Any = (self.stop,) if isinstance(self.stop, str) else self.stop
+        given = (given,) if isinstance(given, str) else given
         if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
-            raise _reject("stop", given, "a string or a list of strings")
-        stops: list[str] = []
-        for i, text in _bounded("stop", given, MAX_STOP_STRINGS):
+            raise _reject(name, given, "a string or a list of strings")
+        texts: list[str] = []
+        for i, text in _bounded(name, given, limit):
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
-                raise _reject(f"stop[{i}]", text, f"a string of 1 to {MAX_STOP_STRING_CHARS} characters")
-            stops.append(text)
-        return tuple(dict.fromkeys(stops))
+                raise _reject(f"{name}[{i}]", text, f"a string of 1 to {MAX_STOP_STRING_CHARS} characters")
+            texts.append(text)
+        return tuple(dict.fromkeys(texts))
 
     @staticmethod
     def _checked_logit_bias(given: Any) -> dict[int, float]:

@@ -168,6 +168,8 @@ class Engine:
         params.check_for_model(vocab_size, self.config.max_logprobs)
         if params.stop and not self._has_text:
             raise InvalidRequest("stop strings need text, and this engine has no tokenizer; use stop_token_ids")
+        if params.bad_words and not self._has_text:
+            raise InvalidRequest("bad_words need text, and this engine has no tokenizer; use logit_bias")
         if params.n > self.config.max_num_queued_requests:
             limit = self.config.max_num_queued_requests
             raise InvalidRequest(f"n={params.n} is not allowed: max_num_queued_requests is {limit}")

@@ -72,4 +72,5 @@ def load_engine(
     if text_tokenizer is not None:
         grammars = GrammarCompiler(text_tokenizer, runner.vocab_size, runner.eos_token_ids)
         runner.sampler.grammars = grammars
+        runner.sampler.encode = lambda text: text_tokenizer.encode(text, False)
     return LoadedEngine(engine, runner, config, runner.model_config, text_tokenizer, grammars)

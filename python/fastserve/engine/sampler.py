@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,12 @@ class _RequestState:
     seen: _SeenTokens | None  # if it has penalties
     allowed: torch.Tensor | None  # its mask, [ceil(V / 32)] int32, if not all tokens are allowed
     matcher: Matcher | None = None  # if its output has a structure: gives the mask of each step
+    bad_words: list[list[int]] = field(default_factory=list)  # the tokens of each
+
+    def banned(self) -> list[int]:
+        """The tokens that would complete a bad word now. Only the output counts, not the prompt."""
+        output = self.request.token_ids[self.request.num_prompt_tokens :] if self.bad_words else []
+        return [ids[-1] for ids in self.bad_words if len(ids) == 1 or output[1 - len(ids) :] == ids[:-1]]
 
     def mask(self) -> torch.Tensor | None:
         """What is allowed now. A structure that cannot be followed any more allows nothing: the request ends alone."""
@@ -95,7 +101,8 @@ class _Batch:
     penalised: bool = False
     structured: bool = False  # some row's output has a structure
     min_tokens: list[int] = field(default_factory=list)  # rows with params.min_tokens
-    banned: list[int] | None = None  # of those, the rows that may not end yet; None: not known
+    bad_words: list[int] = field(default_factory=list)  # rows with params.bad_words
+    banned: dict[int, list[int]] | None = None  # by row, the tokens that may not come now; None: not known
     logprobs: list[int] = field(default_factory=list)  # rows that ask for logprobs
 
 
@@ -117,6 +124,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self.grammars: GrammarCompiler | None = None  # for requests with structured_outputs
+        self.encode: Callable[[str], list[int]] | None = None  # text to tokens, for requests with bad_words
         self._states: dict[str, _RequestState] = {}
         self._batch = _Batch()
         self._token_ids = device.empty((max_num_rows,), torch.int32)
@@ -135,8 +143,8 @@ class Sampler:
             self._list_seen_tokens(batch)
         if batch.structured:
             self._list_masks(batch)
-        if batch.min_tokens:
-            banned = [i for i in batch.min_tokens if rows[i].must_go_on]
+        if batch.min_tokens or batch.bad_words:
+            banned = self._banned(batch)
             if banned != batch.banned:
                 self._list_bias(batch, banned)
 
@@ -167,6 +175,7 @@ class Sampler:
         batch.penalised = any(state is not None and state.seen is not None for state in batch.states)
         batch.structured = any(state is not None and state.matcher is not None for state in batch.states)
         batch.min_tokens = [i for i, p in enumerate(params) if p.min_tokens > 0]
+        batch.bad_words = [i for i, p in enumerate(params) if p.bad_words]
         batch.logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
 
         arguments = batch.arguments
@@ -187,14 +196,14 @@ class Sampler:
             put("presence_penalty", [p.presence_penalty for p in params], torch.float32)
         if not batch.structured:  # else they are listed in every step
             self._list_masks(batch)
-        self._list_bias(batch, [])
+        self._list_bias(batch, {})
         batch.banned = None
         return batch
 
     def _state_of(self, request: Request) -> _RequestState | None:
         params = request.params
         structured = params.structured_outputs
-        if params.allowed_token_ids is None and structured is None and not _is_penalised(params):
+        if not (params.allowed_token_ids or structured or params.bad_words or _is_penalised(params)):
             return None
         state = self._states.get(request.request_id)
         if state is None or state.request is not request:
@@ -205,8 +214,35 @@ class Sampler:
                     raise FastserveError("structured outputs need a tokenizer; this engine has none")
                 state.matcher = self.grammars.matcher(structured)
                 state.allowed = torch.zeros((self._vocab_size + 31) // 32, dtype=torch.int32)
+            state.bad_words = self._tokens_of(params.bad_words or ())
             self._states[request.request_id] = state
         return state
+
+    def _tokens_of(self, bad_words: Iterable[str]) -> list[list[int]]:
+        """Token ids of each text, as it is and as it follows a space: vLLM's meaning of bad_words. The second form
+        counts only where the space changes the first token but not their number, so that it never bans a space."""
+        found = []
+        for text in bad_words:
+            if self.encode is None:
+                raise FastserveError("bad_words need a tokenizer; this engine has none")
+            text = text.lstrip() or text
+            plain, spaced = self.encode(text), self.encode(" " + text)
+            if plain:
+                found.append(plain)
+            if spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
+                found.append(spaced)
+        return found
+
+    def _banned(self, batch: _Batch) -> dict[int, list[int]]:
+        banned = {}
+        for i in batch.min_tokens:
+            if batch.rows[i].must_go_on:
+                banned[i] = sorted(self._eos_token_ids.union(batch.rows[i].params.stop_token_ids or ()))
+        for i in batch.bad_words:
+            state = batch.states[i]
+            if state is not None and (ids := state.banned()):
+                banned[i] = banned.get(i, []) + ids
+        return banned
 
     def _mask_of(self, params: SamplingParams) -> torch.Tensor | None:
         if params.allowed_token_ids is None:
@@ -228,10 +264,9 @@ class Sampler:
             batch.arguments["allowed"] = self._device.upload(torch.stack(masks))
             batch.arguments["allowed_rows"] = self._upload(mask_rows, torch.int32)
 
-    def _list_bias(self, batch: _Batch, banned: list[int]) -> None:
-        """The bias lists, in which the tokens that would end a row of `banned` have -infinity."""
+    def _list_bias(self, batch: _Batch, banned: dict[int, list[int]]) -> None:
+        """The bias lists, in which the tokens of `banned` have -infinity in their rows."""
         batch.banned = banned
-        banned_rows = set(banned)
         offsets = [0]
         ids: list[int] = []
         values: list[float] = []
@@ -239,10 +274,9 @@ class Sampler:
             if row.params.logit_bias:
                 ids += row.params.logit_bias.keys()
                 values += row.params.logit_bias.values()
-            if i in banned_rows:
-                ending = sorted(self._eos_token_ids.union(row.params.stop_token_ids or ()))
-                ids += ending
-                values += [float("-inf")] * len(ending)
+            if i in banned:
+                ids += banned[i]
+                values += [float("-inf")] * len(banned[i])
             offsets.append(len(ids))
         if ids or "bias" in batch.arguments:
             batch.arguments["bias_offsets"] = self._upload(offsets, torch.int32)

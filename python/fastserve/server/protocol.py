@@ -24,7 +24,6 @@ MAX_ERROR_CHARS = 500
 # Fields of other servers, with the values that ask for nothing. null always asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "continue_final_message": (False,),
@@ -122,6 +121,7 @@ class GenerationRequest(Body):
     spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -184,7 +184,8 @@ class GenerationRequest(Body):
 _SAMPLING_FIELDS = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens",
-    "spaces_between_special_tokens", "logit_bias", "allowed_token_ids", "prompt_logprobs",
+    "spaces_between_special_tokens", "logit_bias", "allowed_token_ids", "bad_words",
+    "prompt_logprobs",
 )  # fmt: skip
 
 
