@@ -167,8 +167,12 @@ def test_every_request_gets_exactly_its_output_whatever_the_scheduler() -> None:
     load = Synthetic(60, "1-90", "1-40", max_tokens=40, rate=500, num_prefixes=3, prefix_tokens=40)
     wanted = sorted((arrival.prompt_tokens, arrival.output_tokens) for arrival in load.arrivals())
     config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=16, block_size=4, num_blocks=100)
-    ways = [{"separate": True}, {"oracle": True}, *({"admission": name} for name in ("aggressive", "conservative"))]
+    ways = [{"separate": True}, {"oracle": True}, {"admission": "aggressive"}, {"admission": "conservative"}]
+    ways.append({"batch": True})
     for way in ways:
+        if "batch" in way:
+            load = replace(load, rate=None)  # the lengths change with it
+            wanted = sorted((arrival.prompt_tokens, arrival.output_tokens) for arrival in load.arrivals())
         options = {name: value for name, value in way.items() if name != "admission"}
         run = simulate(
             load.arrivals(), A6000_13B, replace(config, admission=way.get("admission", "past_future")), **options
@@ -180,6 +184,16 @@ def test_every_request_gets_exactly_its_output_whatever_the_scheduler() -> None:
         assert sum(run.steps.num_steady) + len(run.steps.late_gaps_s) == summary["output_tokens"] - 60
         assert sum(summary["time_share"].values()) + summary["idle_share"] == pytest.approx(1)
         assert (run.stats.num_used_blocks, run.stats.num_running) == (0, 0)
+
+
+def test_a_batch_is_planned_before_it_starts() -> None:
+    load = Synthetic(40, "9", "5", num_prefixes=8, prefix_tokens=64)
+    config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=8, block_size=4, num_blocks=60)
+    planned, by_arrival = (summarize(simulate(load.arrivals(), A6000_13B, config, batch=b)) for b in (True, False))
+    assert planned["cached_prompt_tokens"] == (40 - 8) * 64
+    assert by_arrival["cached_prompt_tokens"] < planned["cached_prompt_tokens"] / 2
+    with pytest.raises(InvalidRequest, match="beforehand"):
+        simulate(replace(load, rate=9).arrivals(), A6000_13B, config, batch=True)
 
 
 def test_separate_steps_never_mix() -> None:

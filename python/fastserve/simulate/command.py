@@ -12,7 +12,7 @@ from typing import Any
 
 DESCRIPTION = """Serve a workload on a GPU that is not there: the engine's own scheduler, block pool and policies
 run in virtual time, and a roofline says how long each step takes. Shows throughput, latency and memory before you buy,
-and what a policy changes. Example: fastserve simulate --gpu a100 --model llama-3-8b --requests 2000 --rate 20
+and what a policy changes. Example: fastserve simulate --gpu a100 --model llama-3.1-8b --requests 2000 --rate 20
 --prompt-tokens lognormal:800:0.8 --output-tokens exponential:200 --max-tokens 2000 --out run"""
 LENGTH = "N, LOW-HIGH, lognormal:MEDIAN:SIGMA or exponential:MEAN"
 
@@ -42,6 +42,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-size", type=int, default=16, help="tokens of a KV block (default: 16)")
     group.add_argument("--num-blocks", type=int, help="KV blocks (default: what fits beside the weights)")
     group.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt in full")
+    group.add_argument("--batch", action="store_true", help="plan shared prefixes beforehand, as LLM.generate does")
     group.add_argument("--separate", action="store_true", help="baseline: prompts and decodes in steps of their own")
     out = parser.add_argument_group("output")
     out.add_argument("--out", metavar="DIR", help="write summary.json, trace.json (for ui.perfetto.dev), plots.png")
@@ -70,9 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.set_postfix_str(f"virtual time {now:.1f} s", refresh=False)
 
         oracle = arguments.admission == "oracle"
-        result = simulate(
-            arrivals, cost, _config(arguments), separate=arguments.separate, oracle=oracle, progress=progress
-        )
+        ways = {"batch": arguments.batch, "separate": arguments.separate, "oracle": oracle}
+        result = simulate(arrivals, cost, _config(arguments), progress=progress, **ways)
     summary = summarize(result)
     print(json.dumps(summary, indent=2) if arguments.json else table(summary))
     if folder is not None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from fastserve.admission import Admission, get_admission
 from fastserve.config import EngineConfig, RequestOutputKind, SamplingParams
 from fastserve.engine.engine import Engine
+from fastserve.engine.prefix_plan import plan_prefixes
 from fastserve.engine.scheduler import Scheduler, SchedulerStats, StepPlan, new_kv_cache
 from fastserve.errors import InvalidRequest
 from fastserve.outputs import RequestOutput
 from fastserve.policies import get_policy
+from fastserve.request import SharedPrefix
 from fastserve.simulate.cost import CostModel
 from fastserve.simulate.oracle import Oracle
 from fastserve.simulate.runner import CostModelRunner, StepLog
@@ -60,12 +62,14 @@ def simulate(
     cost: CostModel,
     config: EngineConfig,
     *,
+    batch: bool = False,
     separate: bool = False,
     oracle: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Simulation:
     """Serves `arrivals` (in order of arrival) to their end. `config.num_blocks` None: what fits on the GPU.
 
+    `batch`: all arrive at 0, and the prefixes they share are planned before they start, as LLM.generate does.
     `separate`: prompts and decodes in steps of their own; `oracle`: admission knows all lengths. `progress` is told
     of each finished request, with the virtual time. Raises InvalidRequest for a request that can never run.
     """
@@ -88,8 +92,8 @@ def simulate(
     engine = Engine(config, runner, lambda: runner.now, scheduler=scheduler)
     engine.on_step = _record(engine, runner.steps)
     requests, open_arrivals = RequestLog(), {}
-    pending = iter(arrivals)
-    coming, number = next(pending, None), 0
+    pending = _planned(arrivals, config) if batch else ((arrival, None) for arrival in arrivals)
+    (coming, prefix), number = next(pending, (None, None)), 0
     while coming is not None or engine.has_work:
         if coming is not None and not engine.has_work:
             runner.now = max(runner.now, coming.arrival_s)
@@ -98,14 +102,14 @@ def simulate(
                 break  # it waits outside
             request_id = str(number)
             try:
-                engine.add_request(request_id, coming.token_ids(), _params(coming.max_tokens))
+                engine.add_request(request_id, coming.token_ids(), _params(coming.max_tokens), shared_prefix=prefix)
             except InvalidRequest as error:
                 raise InvalidRequest(f"request {number}: {error}") from None
             own_text = coming.prompt[-1][0]
             runner.expect(request_id, coming.output_tokens, own_text)
             lengths[request_id] = coming.output_tokens
             open_arrivals[request_id] = coming.arrival_s
-            coming, number = next(pending, None), number + 1
+            (coming, prefix), number = next(pending, (None, None)), number + 1
         for output in engine.step():
             if output.error is not None:
                 raise output.error
@@ -115,6 +119,16 @@ def simulate(
             if progress is not None:
                 progress(runner.now)
     return Simulation(config, cost, runner.steps, requests, engine.stats, time.perf_counter() - wall)
+
+
+def _planned(arrivals: Iterable[Arrival], config: EngineConfig) -> Iterator[tuple[Arrival, SharedPrefix | None]]:
+    requests = list(arrivals)
+    if any(request.arrival_s > 0 for request in requests):
+        raise InvalidRequest("a batch is known beforehand: all its requests must arrive at 0, without a rate")
+    prompts = [request.token_ids() for request in requests]
+    plan = plan_prefixes(prompts, [_params(request.max_tokens) for request in requests], config.block_size)
+    for place in plan.order:
+        yield requests[place], plan.prefix_of[place]
 
 
 def _record(engine: Engine, log: StepLog) -> Callable[[StepPlan, float], None]:
