@@ -20,7 +20,7 @@ from fastserve.config import EngineConfig
 from fastserve.errors import InvalidRequest
 from fastserve.simulate.cost import CostModel
 from fastserve.simulate.hardware import GPUS, MODELS, find_gpu, find_model
-from fastserve.simulate.report import percentiles, summarize
+from fastserve.simulate.report import percentiles, summarize, table
 from fastserve.simulate.simulation import simulate
 from fastserve.simulate.workload import Arrival, Synthetic, parse_lengths, read_trace
 
@@ -214,10 +214,13 @@ def test_arrivals_wait_outside_a_full_queue() -> None:
     assert set(run.requests.arrival_s) == {0.0}
 
 
-def test_a_request_that_cannot_run_is_named() -> None:
+def test_a_request_that_is_too_long_is_refused_and_counted() -> None:
     config = EngineConfig(block_size=4, num_blocks=10)
-    with pytest.raises(InvalidRequest, match="request 1: a prompt of 50 tokens"):
-        simulate([Arrival(0, ((1, 5),), 1, 1), Arrival(0, ((2, 50),), 1, 1)], A6000_13B, config)
+    load = [Arrival(0, ((number, tokens),), 1, 1) for number, tokens in enumerate((50, 5, 60, 6, 70), 1)]
+    summary = summarize(simulate(load, A6000_13B, config))
+    assert (summary["requests"], summary["refused"]) == (2, 3)
+    assert "3 refused" in table(summary)
+    assert summarize(simulate(load[:1], A6000_13B, config))["refused"] == 1
 
 
 def test_percentiles_count_weights() -> None:

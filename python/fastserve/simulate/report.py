@@ -35,6 +35,7 @@ def summarize(run: Simulation) -> dict[str, Any]:
         "config": {name: value for name, value in asdict(run.config).items() if value is not None},
         "num_blocks": run.stats.num_blocks,
         "requests": len(requests),
+        "refused": run.num_refused,
         "prompt_tokens": prompt,
         "output_tokens": output,
         "makespan_s": run.makespan_s,
@@ -97,9 +98,10 @@ def table(summary: dict[str, Any]) -> str:
 
     s = summary
     shares = "  ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in s["time_share"].items())
+    refused = f"; {s['refused']} refused: longer than the model or the memory allows" if s["refused"] else ""
     rows = [
         ("on", f"{s['model']}, {s['gpu']}, {s['num_blocks']} blocks of {s['config']['block_size']} tokens"),
-        ("requests", f"{s['requests']} in {_time(s['makespan_s'])}, {s['requests_per_s']:.2f} per second"),
+        ("requests", f"{s['requests']} in {_time(s['makespan_s'])}, {s['requests_per_s']:.2f} per second{refused}"),
         ("throughput", f"{s['tokens_per_s']:.0f} tokens/s, {s['output_tokens_per_s']:.0f} of them output"),
         ("prompts", f"{s['prompt_tokens']} tokens, {s['cached_share']:.1%} of them from the prefix cache"),
         ("steps", f"{s['steps']} of {s['tokens_per_step']:.1f} tokens; {times('step')}"),

@@ -51,6 +51,7 @@ class Simulation:
     requests: RequestLog
     stats: SchedulerStats
     wall_s: float
+    num_refused: int = 0  # requests that can never run here: too long
 
     @property
     def makespan_s(self) -> float:
@@ -71,7 +72,7 @@ def simulate(
 
     `batch`: all arrive at 0, and the prefixes they share are planned before they start, as LLM.generate does.
     `separate`: prompts and decodes in steps of their own; `oracle`: admission knows all lengths. `progress` is told
-    of each finished request, with the virtual time. Raises InvalidRequest for a request that can never run.
+    of each finished request, with the virtual time. A request that is too long is refused and counted.
     """
     wall = time.perf_counter()
     num_blocks = config.num_blocks or cost.model.blocks_on(cost.gpu, config.block_size)
@@ -93,6 +94,7 @@ def simulate(
     engine.on_step = _record(engine, runner.steps)
     requests, open_arrivals = RequestLog(), {}
     pending = _planned(arrivals, config) if batch else ((arrival, None) for arrival in arrivals)
+    num_refused = 0
     (coming, prefix), number = next(pending, (None, None)), 0
     while coming is not None or engine.has_work:
         if coming is not None and not engine.has_work:
@@ -103,8 +105,10 @@ def simulate(
             request_id = str(number)
             try:
                 engine.add_request(request_id, coming.token_ids(), _params(coming.max_tokens), shared_prefix=prefix)
-            except InvalidRequest as error:
-                raise InvalidRequest(f"request {number}: {error}") from None
+            except InvalidRequest:
+                num_refused += 1
+                (coming, prefix), number = next(pending, (None, None)), number + 1
+                continue
             own_text = coming.prompt[-1][0]
             runner.expect(request_id, coming.output_tokens, own_text)
             lengths[request_id] = coming.output_tokens
@@ -118,7 +122,7 @@ def simulate(
             del lengths[output.request_id]
             if progress is not None:
                 progress(runner.now)
-    return Simulation(config, cost, runner.steps, requests, engine.stats, time.perf_counter() - wall)
+    return Simulation(config, cost, runner.steps, requests, engine.stats, time.perf_counter() - wall, num_refused)
 
 
 def _planned(arrivals: Iterable[Arrival], config: EngineConfig) -> Iterator[tuple[Arrival, SharedPrefix | None]]:
