@@ -34,13 +34,18 @@ def main() -> None:
     for name, default in (("groups", 8), ("members", 8), ("shared", 512), ("own", 32), ("out", 32), ("repeat", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--groups-in-cache", type=int, default=2)
+    parser.add_argument("--admission", default="past_future", help="a module of fastserve.admission")
     parser.add_argument("--num-threads", type=int)
     given = parser.parse_args()
     options = {"num_threads": given.num_threads} if given.num_threads else {}
 
     block_size = 32
     blocks_of_group = -(-given.shared // block_size) + given.members * -(-(given.own + given.out) // block_size)
-    options |= {"num_blocks": given.groups_in_cache * blocks_of_group, "block_size": block_size}
+    options |= {
+        "num_blocks": given.groups_in_cache * blocks_of_group,
+        "block_size": block_size,
+        "admission": given.admission,
+    }
     ids = Tokenizer.from_dir(given.model).encode(TEXT.read_text())
     prompts = make_prompts(ids, given)
     params = SamplingParams(temperature=0, max_tokens=given.out, ignore_eos=True)
