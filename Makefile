@@ -4,6 +4,7 @@
 #   make test      everything that CI runs
 #   make native    rebuild the extension after a change in csrc/
 #   make wheel     a wheel in dist/, with CUDA kernels if nvcc is there, installed and tried in an empty environment
+#   make gpu-report  on a machine with a GPU: build for it, test, measure; one report in build/gpu_report
 #   make check     style: ruff, mypy, clang-format
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ CXX_FILES := $(shell find csrc tests bench tools -name '*.h' -o -name '*.cpp' -o
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test native wheel nvcc simulated check format unit cpp-test sanitize bench-cpp aarch64 clean
+.PHONY: demo test native wheel nvcc simulated check format unit cpp-test sanitize bench-cpp aarch64 clean gpu-report
 
 demo: native $(INT4_MODEL)/config.json
 	$(PY) tools/demo.py $(INT4_MODEL)
@@ -139,6 +140,10 @@ define sanitized
   -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_TESTS=ON && \
   $(CMAKE) --build build/$(1) -j $(JOBS) --target $(3)) > build/$(1).log || (cat build/$(1).log; exit 1)
 endef
+
+# Needs a torch with CUDA in the environment, and nvcc. Without a GPU: bench/gpu_report.py --simulated rehearses it.
+gpu-report: native $(MODEL)/config.json
+	$(PY) bench/gpu_report.py --out build/gpu_report
 
 format: $(VENV)/.env
 	@$(PY) -m ruff check --fix -q . ; $(PY) -m ruff format -q .
