@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastserve import LLM, ModelLoadError, SamplingParams, _native
+from fastserve.config import EngineConfig
+from fastserve.engine.runner import ModelRunner
 from fastserve.json_file import Fields
 from fastserve.weights.quantization_config import (
     QuantizationConfig,
@@ -181,6 +183,21 @@ def test_a_lying_tensor_is_named(
     source = open_quantized(tmp_path, tensors, quantization_config(kind, 32))
     with pytest.raises(ModelLoadError, match=message):
         source.read("q_proj", 16, 96)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "ct", "fastserve"])
+def test_a_lie_in_the_last_layer_is_found_before_the_first_is_loaded(tmp_path: Path, kind: str) -> None:
+    make_tiny_checkpoint(tmp_path / "plain", intermediate_size=96)
+    quantize_folder(tmp_path / "plain", tmp_path / "int4", kind, 32)
+    file = tmp_path / "int4" / "model.safetensors"
+    tensors = load_file(file)
+    scale = "scales" if kind in ("gptq", "awq") else "weight_scale"
+    last = max(name for name in tensors if name.endswith(f"mlp.down_proj.{scale}"))
+    save_file(tensors | {last: tensors[last][:-1].contiguous()}, file, metadata={"format": "pt"})
+    loaded: list[int] = []
+    with pytest.raises(ModelLoadError, match=f"tensor '{last}' is"):
+        ModelRunner(tmp_path / "int4", EngineConfig(device="cpu"), lambda done, total: loaded.append(done))
+    assert loaded == []
 
 
 def test_a_symmetric_file_with_zero_points_is_no_symmetric_file(tmp_path: Path) -> None:

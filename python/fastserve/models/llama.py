@@ -25,6 +25,22 @@ from fastserve.weights.safetensors import Checkpoint
 # Buffers that older checkpoints carry and that are computed here.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
+Parts = list[tuple[str, int]]  # projections of the same input: names in the checkpoint, and their outputs
+
+
+def projections(config: ModelConfig, index: int) -> dict[str, tuple[Parts, int]]:
+    """The linears of a layer and the width of their inputs."""
+    width, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
+    num_q, num_kv = config.num_heads * head, config.num_kv_heads * head
+    attention, feed_forward = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+    qkv = [(attention + "q_proj", num_q), (attention + "k_proj", num_kv), (attention + "v_proj", num_kv)]
+    return {
+        "qkv": (qkv, width),
+        "o": ([(attention + "o_proj", width)], num_q),
+        "gate_up": ([(feed_forward + "gate_proj", mlp), (feed_forward + "up_proj", mlp)], width),
+        "down": ([(feed_forward + "down_proj", width)], mlp),
+    }
+
 
 class Model:
     """Weights and forward pass. Owns its weights; borrows the batch, the KV cache and the buffers of a step."""
@@ -47,6 +63,9 @@ class Model:
         self.config = config
         self.ops = device.ops
         weights = self.open_weights(config, checkpoint, device, precision)
+        for index in range(config.num_layers):
+            for parts, in_features in projections(config, index).values():
+                weights.check_headers(parts, in_features)  # before anything is read or allocated
         width, head = config.hidden_size, config.head_dim
         embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
         self.embedding = device.upload(embedding)
@@ -107,21 +126,19 @@ class Layer:
     """One decoder layer. Its linears are `qkv`, `o`, `gate_up` and `down`."""
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
-        width, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
-        num_q, num_kv = config.num_heads * head, config.num_kv_heads * head
+        width, head = config.hidden_size, config.head_dim
         prefix = f"model.layers.{index}."
-        attention, feed_forward = prefix + "self_attn.", prefix + "mlp."
+        attention = prefix + "self_attn."
+        linears = projections(config, index)
 
         self.ops = weights.device.ops
         self.is_first = index == 0
         self.input_norm = weights.norm(prefix + "input_layernorm.weight", width, config.rms_norm_eps)
         self.post_norm = weights.norm(prefix + "post_attention_layernorm.weight", width, config.rms_norm_eps)
-        qkv = [(attention + "q_proj", num_q), (attention + "k_proj", num_kv), (attention + "v_proj", num_kv)]
-        self.qkv = weights.linear(qkv, width, config.qkv_bias)
-        self.o = weights.linear([(attention + "o_proj", width)], num_q, config.o_bias)
-        gate_up = [(feed_forward + "gate_proj", mlp), (feed_forward + "up_proj", mlp)]
-        self.gate_up = weights.linear(gate_up, width, config.mlp_bias)
-        self.down = weights.linear([(feed_forward + "down_proj", width)], mlp, config.mlp_bias)
+        self.qkv = weights.linear(*linears["qkv"], config.qkv_bias)
+        self.o = weights.linear(*linears["o"], config.o_bias)
+        self.gate_up = weights.linear(*linears["gate_up"], config.mlp_bias)
+        self.down = weights.linear(*linears["down"], config.mlp_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = weights.norm(attention + "q_norm.weight", head, config.rms_norm_eps).weight
@@ -183,7 +200,13 @@ class Weights:
         self.left.discard(name)
         return tensor.to(self.dtype)
 
-    def linear(self, parts: list[tuple[str, int]], in_features: int, bias: bool) -> Linear:
+    def check_headers(self, parts: Parts, in_features: int) -> None:
+        """Raises ModelLoadError for the first int4 tensor of these linears whose header cannot be right."""
+        for name, rows in parts:
+            if self.quantized is not None and self.quantized.holds(name):
+                self.quantized.check_headers(name, rows, in_features)
+
+    def linear(self, parts: Parts, in_features: int, bias: bool) -> Linear:
         """Projections of the same input as one Linear, their outputs side by side in the order given."""
         biases = [self.take(f"{name}.bias", (rows,)) for name, rows in parts] if bias else []
         if self.precision.keep_int4 and all(self.is_int4(name) for name, _ in parts):

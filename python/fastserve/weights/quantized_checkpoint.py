@@ -54,25 +54,45 @@ class QuantizedCheckpoint:
         }[self.config.method]  # fmt: skip
         return [full for suffix in suffixes if (full := f"{name}.{suffix}") in self.checkpoint]
 
-    def read(self, name: str, num_rows: int, depth: int) -> QuantizedWeight:
-        """The weight [num_rows, depth]. Raises ModelLoadError naming the tensor."""
+    def check_headers(self, name: str, num_rows: int, depth: int) -> _Parts:
+        """Raises ModelLoadError naming the tensor whose dtype or shape is not that of a weight [num_rows, depth]. Reads
+        no tensor's data."""
         size = self.config.group_size
         num_groups = -(-depth // size)
-        weight = _Parts(self.checkpoint, name, num_rows, depth, size, num_groups)
+        part = _Parts(self.checkpoint, name, num_rows, depth, size, num_groups)
         if size % 32 != 0 and size < depth:
             raise ModelLoadError(
                 f"{name}: group size {size} is not supported; multiples of 32 are, and one group per row"
             )
+        if self.config.method in ("gptq", "awq"):
+            part.divisible(num_rows, "outputs")
+            if self.config.method == "gptq":
+                part.divisible(depth, "inputs")
+            gptq, awq = (depth // NIBBLES, num_rows), (depth, num_rows // NIBBLES)
+            part.expect("qweight", gptq if self.config.method == "gptq" else awq, torch.int32)
+            part.expect("qzeros", (num_groups, num_rows // NIBBLES), torch.int32)
+            part.expect("scales", (num_groups, num_rows), *FLOATS)
+        else:
+            part.expect("weight_packed", (num_rows, -(-depth // NIBBLES)), torch.int32)
+            part.expect("weight_scale", (num_rows, num_groups), *FLOATS)
+            if part.has("weight_shape"):
+                part.expect("weight_shape", (2,), torch.int64, torch.int32)
+            if f"{name}.weight_minimum" in self.tensor_names(name):
+                part.expect("weight_minimum", (num_rows, num_groups), *FLOATS)
+        for group_index in ("g_idx", "weight_g_idx"):
+            if f"{name}.{group_index}" in self.tensor_names(name):
+                part.expect(group_index, (depth,), torch.int32, torch.int64)
+        return part
+
+    def read(self, name: str, num_rows: int, depth: int) -> QuantizedWeight:
+        """The weight [num_rows, depth]. Raises ModelLoadError naming the tensor."""
+        weight = self.check_headers(name, num_rows, depth)
         read = {"gptq": self._gptq, "awq": self._awq}.get(self.config.method, self._pack_quantized)
         result = read(weight)
         result.check(name)
         return result
 
     def _gptq(self, part: _Parts) -> QuantizedWeight:
-        part.divisible(part.num_rows, "outputs")
-        part.divisible(part.depth, "inputs")
-        part.expect("qweight", (part.depth // NIBBLES, part.num_rows), torch.int32)
-        part.expect("qzeros", (part.num_groups, part.num_rows // NIBBLES), torch.int32)
         scales = part.scales("scales", (part.num_groups, part.num_rows)).T.contiguous()
         stored = unpack_nibbles(part.tensor("qzeros")).T.contiguous()
         zero_points = stored.to(torch.int16) + self.config.zero_point_offset
@@ -84,9 +104,6 @@ class QuantizedCheckpoint:
         return QuantizedWeight(codes, scales, self.config.group_size, None if symmetric else zero_points, None, order)
 
     def _awq(self, part: _Parts) -> QuantizedWeight:
-        part.divisible(part.num_rows, "outputs")
-        part.expect("qweight", (part.depth, part.num_rows // NIBBLES), torch.int32)
-        part.expect("qzeros", (part.num_groups, part.num_rows // NIBBLES), torch.int32)
         scales = part.scales("scales", (part.num_groups, part.num_rows)).T.contiguous()
         zero_points = _awq_columns(part.tensor("qzeros")).T.contiguous().to(torch.int16)
         codes = _awq_columns(part.tensor("qweight")).T.contiguous()
@@ -94,9 +111,7 @@ class QuantizedCheckpoint:
 
     def _pack_quantized(self, part: _Parts) -> QuantizedWeight:
         shape = (part.num_rows, part.num_groups)
-        part.expect("weight_packed", (part.num_rows, -(-part.depth // NIBBLES)), torch.int32)
         if part.has("weight_shape"):
-            part.expect("weight_shape", (2,), torch.int64, torch.int32)
             given = part.tensor("weight_shape").tolist()
             if given != [part.num_rows, part.depth]:
                 raise part.error("weight_shape", f"says {given}; config.json asks for {[part.num_rows, part.depth]}")
