@@ -270,3 +270,18 @@ def test_generation_config_gives_the_defaults(tmp_path: Path) -> None:
         params = llm.get_default_sampling_params()
     assert (params.temperature, params.top_k, params.top_p) == (0.25, 7, 0.5)
     assert params.output_kind is RequestOutputKind.CUMULATIVE
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 20, 512])
+def test_a_block_size_that_attention_cannot_take_is_refused_at_start(tiny_dir: Path, block_size: int) -> None:
+    with pytest.raises(
+        FastserveError, match=rf"block_size={block_size} is not available on the CPU; use a multiple of 16"
+    ):
+        LLM(tiny_dir, block_size=block_size)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 256])
+def test_any_block_size_that_is_accepted_works(tiny_dir: Path, block_size: int) -> None:
+    with LLM(tiny_dir, block_size=block_size) as llm:
+        output = llm.generate([5, 6], GREEDY, use_tqdm=False)[0]
+    assert output.outputs[0].finish_reason == "length"

@@ -18,6 +18,7 @@ from fastserve.config import EngineConfig
 from fastserve.engine.memory import free_memory_bytes
 from fastserve.errors import FastserveError
 
+MAX_CPU_BLOCK_SIZE = 256  # csrc/cpu/kv_layout.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,6 +47,9 @@ class Device(Protocol):
     def activation_dtype(self, weights: torch.dtype) -> torch.dtype: ...
 
     def kv_dtype(self, asked: str, weights: torch.dtype) -> torch.dtype: ...
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raises FastserveError if the attention kernel takes no KV blocks of so many tokens."""
 
     def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
         """The shape of a weight [num_rows, depth] as `pack_linear` arranges it here."""
@@ -125,6 +129,12 @@ class CpuDevice:
         if asked == "auto":
             return torch.float32 if weights == torch.float32 else torch.bfloat16
         return DTYPES[asked]
+
+    def check_block_size(self, block_size: int) -> None:
+        if block_size % 16 != 0 or block_size > MAX_CPU_BLOCK_SIZE:
+            raise FastserveError(
+                f"block_size={block_size} is not available on the CPU; use a multiple of 16 up to {MAX_CPU_BLOCK_SIZE}"
+            )
 
     def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
         return _native.packed_linear_shape(num_rows, depth)
@@ -206,6 +216,10 @@ class CudaDevice:
         if asked not in ("auto", str(weights).removeprefix("torch.")):
             raise FastserveError(f"kv_cache_dtype={asked!r} is not available on CUDA with {weights} weights; use auto")
         return weights
+
+    def check_block_size(self, block_size: int) -> None:
+        if block_size < 16 or block_size & (block_size - 1) != 0:
+            raise FastserveError(f"block_size={block_size} is not available on CUDA; use a power of two from 16")
 
     def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
         return -(-num_rows // 32), -(-depth // 16) * 16, 32  # csrc/layout/fragment.h

@@ -39,6 +39,7 @@ class ModelRunner:
     ) -> None:
         self.device = device or make_device(config)
         self.config = config
+        self.device.check_block_size(config.block_size)
         self.model_config = ModelConfig.from_dir(model_dir)
         model_class = model_class_for(self.model_config.architecture)
         dtype = self.device.weight_dtype(config.dtype, DTYPES[self.model_config.torch_dtype or "float32"])
