@@ -64,6 +64,7 @@ def our_call(work: Workload, inputs: Inputs) -> Callable[[], None]:
         num_workers=2 * _native.cuda_devices()[0]["multiprocessors"],
         rows_per_item=64,
         rows_per_shared_item=64,
+        rows_per_warp=16,
     )
     there = [torch.from_numpy(part.copy()).cuda() for part in (plan.items, plan.merges, plan.parts)]
     workspace = torch.empty(plan.workspace_floats(HEADS, WIDTH), device="cuda")
