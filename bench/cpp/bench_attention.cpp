@@ -63,13 +63,20 @@ void attend(benchmark::State& state, const Setting& setting) {
   const auto items = static_cast<int64_t>(plan.items().size());
   const auto merges = static_cast<int64_t>(plan.merges().size());
   const auto parts = static_cast<int64_t>(plan.parts().size());
+  Attention op{};
+  op.out = out;
+  op.q = q;
+  op.block_tables = bench::view_of(tables.data(), {setting.requests, blocks});
+  op.items = bench::view_of(reinterpret_cast<const int32_t*>(plan.items().data()), {items, kItemFields});
+  op.merges = bench::view_of(reinterpret_cast<const int32_t*>(plan.merges().data()), {merges, kMergeFields});
+  op.parts = bench::view_of(plan.parts().data(), {parts});
+  op.workspace = workspace;
+  op.scale = 0.125f;
+  op.span = kSpan;
   size_t layer = 0;
   for (auto _ : state) {
-    run(Attention{
-        out, q, caches[layer], bench::view_of(tables.data(), {setting.requests, blocks}),
-        bench::view_of(reinterpret_cast<const int32_t*>(plan.items().data()), {items, kItemFields}),
-        bench::view_of(reinterpret_cast<const int32_t*>(plan.merges().data()), {merges, kMergeFields}),
-        bench::view_of(plan.parts().data(), {parts}), workspace, 0.125f, kSpan, 0});
+    op.kv_cache = caches[layer];
+    run(op);
     layer = (layer + 1) % caches.size();
   }
   double visible = 0;  // (row, key) pairs
