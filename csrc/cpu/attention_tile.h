@@ -22,9 +22,12 @@ inline constexpr int kTileTokens = 64;
 inline constexpr int kTileVectors = kTileTokens / kLanes;
 
 // Vectors of keys (or dims) that `rows` rows work on at a time: their sums, and what they are made of, fit 16
-// registers, and there are enough of them to hide the latency of fma.
+// registers (32 of AVX-512), and there are enough of them to hide the latency of fma.
 template <class KV>
-constexpr int vectors_per_pass(int rows) {
+constexpr int vectors_per_pass([[maybe_unused]] int rows) {
+#if defined(FS_SIMD_AVX512)
+  return 4;
+#endif
   if (rows > 3) return 2;
   return rows == 3 && !std::is_same_v<KV, float> ? 2 : 4;
 }
