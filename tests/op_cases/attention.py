@@ -82,6 +82,7 @@ def planned(
     rows_per_shared_item: int = 384,
     groups: Groups | None = None,
     rows_per_warp: int = 0,
+    tokens_per_partial: int = 0,
 ) -> Arguments:
     """The arguments that follow from the plan, and outputs for it."""
     plan = AttentionPlan(
@@ -96,7 +97,7 @@ def planned(
         rows_per_item=rows_per_item,
         rows_per_shared_item=rows_per_shared_item,
         rows_per_warp=rows_per_warp,
-        tokens_per_partial=0,
+        tokens_per_partial=tokens_per_partial,
         groups=groups,
     )
     return {
