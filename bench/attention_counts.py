@@ -68,7 +68,9 @@ WORKLOADS = [
 
 def measure(module: Any, work: Workload, groups: Groups) -> dict[str, Any]:
     """The counters of one launch with the plan that shares `groups`."""
-    arguments = cuda_arguments(torch.Generator().manual_seed(1), work.query_lens, work.seq_lens, work.shape, work.groups)
+    arguments = cuda_arguments(
+        torch.Generator().manual_seed(1), work.query_lens, work.seq_lens, work.shape, work.groups
+    )
     starts = torch.tensor([0, *work.query_lens]).cumsum(0).tolist()
     planned = replanned(starts, work.seq_lens, work.shape, groups=groups, tokens_per_partial=4)
     module.run("attention", {**arguments, **planned})
@@ -124,8 +126,8 @@ def main() -> None:
     if module is None:
         raise SystemExit("there is no build/sim: run `make simulated`")
     module.configure(ASYNC_MODES["late"], 0)
-    print(f"{'':42} {'KV MB':>8} {'/least':>6} {'partials':>9} {'sectors':>8} {'banks':>7} {'products':>8} {'PTX/mma':>8}"
-          f" {'unshared':>8}")  # fmt: skip
+    columns = ("KV MB", "/least", "partials", "sectors", "banks", "products", "PTX/mma", "unshared")
+    print(" " * 42 + "{:>9}{:>7}{:>10}{:>9}{:>8}{:>9}{:>9}{:>9}".format(*columns))
     for work in WORKLOADS:
         if arguments.name in work.name:
             print_row(module, work)

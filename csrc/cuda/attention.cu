@@ -17,9 +17,7 @@
 // Bytes at least: K and V of each item once, queries and outputs once, partials twice. Bound: memory up to
 // some 100 rows for each key read, then tensor cores.
 //
-// ptxas: attention_kernel <= 255 registers, 128 threads
-#include <type_traits>
-
+// ptxas: attention_kernel <= 240 registers, 128 threads
 #include "cuda/launch.cuh"
 #include "cuda/paged_kv.cuh"
 #include "cuda/softmax.cuh"
@@ -34,7 +32,10 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kBlockRows = kWarps * kTileRows;
+constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kRingBytes = 48 << 10;
+template <int kDim>
+constexpr int kParkedVectors = kDim / 8 + 1;  // of 16 bytes, for each thread
 
 template <class T>
 struct Operands {
@@ -46,6 +47,7 @@ struct Operands {
   const int32_t* parts;
   float* partials;  // [slot][head][dim], not divided
   float2* stats;    // [slot][head]: maximum, sum
+  float4* parked;   // [block][vector][thread]
   int* next_unit;   // the queue
   int* num_left;    // blocks that have left it
   int* num_stored;  // [merge][kv_head]: items that have stored their partials
@@ -80,17 +82,14 @@ __device__ __forceinline__ Range visible(const Operands<T>& op, const AttentionI
           min(item.kv_end, last_position + 1)};
 }
 
-struct Nothing {};
-
-// 16 rows of one item on one warp; with kFolds it can fold spans, without it stores each that is not alone.
+// 16 rows of one item on one warp; without kFolds, of an item that stores each span if it has several.
 template <class T, int kDim, bool kFolds>
 struct WarpTile {
   const Operands<T>& op;
   const AttentionItem& item;  // in global memory: registers are scarce
   int kv_head, first_row;
   QueryFragments<kDim> query;
-  PartialRows<kDim> current;                                      // of the span at hand
-  std::conditional_t<kFolds, PartialRows<kDim>, Nothing> folded;  // of the spans before it
+  PartialRows<kDim> current;  // of the span at hand
   ScoreFragments scores;
   WeightFragments weights;
 
@@ -105,7 +104,6 @@ struct WarpTile {
     }
     load_queries<T, kDim>(query, from);
     current.clear();
-    if constexpr (kFolds) folded.clear();
   }
 
   __device__ __forceinline__ LaneRow lane_row(int half) const {
@@ -139,36 +137,64 @@ struct WarpTile {
     update<T, kDim>(current, scores, op.scale, weights);
   }
 
-  // After the tile at `at`, the last one of its span or of all.
-  __device__ __forceinline__ void end_span(int at) {
+  // After the last tile of a span, which begins with the tokens of the item or not, and ends with them or
+  // not.
+  __device__ __forceinline__ void end_span(int at, bool is_first, bool is_last) {
     if (item.num_parts > 1) {
       store(current, at / op.span - item.kv_begin / op.span);
     } else if constexpr (kFolds) {
-      fold(folded, current, op.scale);
+      if (!is_first) fold_parked();
+      if (is_last) return;
+      park();
     } else {
-      return;  // it is the only span
+      return;  // it is the only one
     }
     current.clear();
   }
 
   // After the last span.
   __device__ __forceinline__ void finish() {
-    if constexpr (kFolds) {
-      finish(folded);
-    } else {
-      finish(current);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void finish(const PartialRows<kDim>& all) {
-    if (item.num_parts == 1) store(all, 0);
+    if (item.num_parts == 1) store(current, 0);
     if (item.num_parts != 0) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const LaneRow row = lane_row(half);
       T* to = op.out + (item.row_begin + row.token) * op.out_stride + row.head * kDim;
-      store_row<T, kDim>(to, all.out, half, reciprocal_of_sum(all.sums[2 * half]), row.exists);
+      store_row<T, kDim>(to, current.out, half, reciprocal_of_sum(current.sums[2 * half]), row.exists);
+    }
+  }
+
+ private:
+  // The fold of the spans so far waits in memory while the next one is computed: with both in registers there
+  // are not enough of them. Each thread has a place of its own, so nobody else sees it.
+  __device__ __forceinline__ float4* parked() const {
+    return op.parked + static_cast<int64_t>(blockIdx.x) * kParkedVectors<kDim> * kThreads + threadIdx.x;
+  }
+  __device__ __forceinline__ void park() const {
+    float4* to = parked();
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      const float (&out)[4] = current.out[n];
+      to[n * kThreads] = make_float4(out[0], out[1], out[2], out[3]);
+    }
+    to[kDim / 8 * kThreads] = make_float4(current.max[0], current.sums[0], current.max[1], current.sums[2]);
+  }
+  __device__ __forceinline__ void fold_parked() {
+    const float4* from = parked();
+    const float4 stats = from[kDim / 8 * kThreads];
+    const Fold low(stats.x, current.max[0], op.scale), high(stats.z, current.max[1], op.scale);
+    current.max[0] = low.max;
+    current.max[1] = high.max;
+    current.sums[0] = low(stats.y, current.sums[0]);
+    current.sums[2] = high(stats.w, current.sums[2]);
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      if (n % 4 == 0) __syncwarp();  // or the compiler loads all at once, and has no registers for them
+      const float4 before = from[n * kThreads];
+      current.out[n][0] = low(before.x, current.out[n][0]);
+      current.out[n][1] = low(before.y, current.out[n][1]);
+      current.out[n][2] = high(before.z, current.out[n][2]);
+      current.out[n][3] = high(before.w, current.out[n][3]);
     }
   }
 
@@ -257,7 +283,9 @@ __device__ __forceinline__ void attend_block(const Operands<T>& op, const Attent
       multiply_values<T, kDim, kTileGroups>(tile.current.out, tile.current.sums, tile.weights, slot.at, 0);
     }
     slot.advance();
-    if (ends_span(at, op.span, range.end)) tile.end_span(at);
+    if (ends_span(at, op.span, range.end)) {
+      tile.end_span(at, at / op.span == range.begin / op.span, at + kTileKeys >= range.end);
+    }
   }
   tile.finish();
 }
@@ -309,7 +337,9 @@ __device__ __forceinline__ void attend_warp(const Operands<T>& op, const Attenti
       multiply_values<T, kDim, 1>(tile.current.out, tile.current.sums, tile.weights, slot.at, group);
       slot.advance();
     }
-    if (ends_span(at, op.span, range.end)) tile.end_span(at);
+    if (ends_span(at, op.span, range.end)) {
+      tile.end_span(at, at / op.span == range.begin / op.span, at + kTileKeys >= range.end);
+    }
   }
   tile.finish();
 }
@@ -387,7 +417,7 @@ __device__ __forceinline__ void merge_by_warp(const Operands<T>& op, const Atten
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2) attention_kernel(const Operands<T> op) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) attention_kernel(const Operands<T> op) {
   __shared__ alignas(1024) uint8_t ring[kRingBytes];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   int* const scratch = reinterpret_cast<int*>(ring);  // between two items the ring is free
@@ -437,32 +467,18 @@ __global__ void __launch_bounds__(kThreads, 2) attention_kernel(const Operands<T
   *op.num_left = 0;
 }
 
-// Blocks that the device holds at once; 0 if that cannot be found out.
-template <class T, int kDim>
-int64_t resident_blocks() {
+// Blocks of a launch: as many as the device holds at once, but for some more on the largest ones.
+int64_t max_blocks() {
   constexpr int kMaxDevices = 64;
-  static int known[kMaxDevices] = {};
-  int device = 0, multiprocessors = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
-  if (known[device] == 0) {
-    if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-      return 0;
-    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, attention_kernel<T, kDim>, kThreads, 0) !=
-        cudaSuccess) {
-      return 0;
-    }
-    known[device] = multiprocessors * blocks;
+  static int multiprocessors[kMaxDevices] = {};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device < kMaxDevices && multiprocessors[device] == 0) {
+    error = cudaDeviceGetAttribute(&multiprocessors[device], cudaDevAttrMultiProcessorCount, device);
   }
-  return known[device];
-}
-
-template <class T, int kDim>
-void launch(const Operands<T>& op, cudaStream_t stream) {
-  const int64_t resident = resident_blocks<T, kDim>();
-  FS_CHECK(resident > 0, "attention: the CUDA device does not say how many blocks it holds: "
-                             << cudaGetErrorString(cudaGetLastError()));
-  const auto grid = static_cast<unsigned>(op.num_units < resident ? op.num_units : resident);
-  attention_kernel<T, kDim><<<grid, kThreads, 0, stream>>>(op);
+  FS_CHECK(error == cudaSuccess && device < kMaxDevices,
+           "attention: CUDA device " << device << ": " << cudaGetErrorString(error));
+  return kBlocksPerMultiprocessor * multiprocessors[device];
 }
 
 template <class T>
@@ -481,8 +497,14 @@ void attention_of(const Attention& op, cudaStream_t stream) {
   o.items = op.items.ptr<const AttentionItem>();
   o.merges = op.merges.ptr<const AttentionMerge>();
   o.parts = op.parts.ptr<const int32_t>();
-  const int64_t num_slots = op.workspace.shape[0] / (num_heads * (head_dim + 2));
-  o.partials = op.workspace.ptr<float>();
+  const int64_t blocks = max_blocks();
+  const int64_t parked = blocks * kThreads * 4 * (head_dim / 8 + 1);
+  FS_CHECK(op.workspace.shape[0] >= parked, "attention: the cuda kernel needs a workspace of "
+                                                << parked << " floats and those of the plan; given "
+                                                << op.workspace.shape[0]);
+  const int64_t num_slots = (op.workspace.shape[0] - parked) / (num_heads * (head_dim + 2));
+  o.parked = op.workspace.ptr<float4>();
+  o.partials = op.workspace.ptr<float>() + parked;
   o.stats = reinterpret_cast<float2*>(o.partials + num_slots * num_heads * head_dim);
   o.next_unit = op.counters.ptr<int32_t>();
   o.num_left = o.next_unit + 1;
@@ -494,10 +516,11 @@ void attention_of(const Attention& op, cudaStream_t stream) {
   o.group = static_cast<int>(num_heads / num_kv_heads);
   o.span = static_cast<int>(op.span);
   o.window = static_cast<int>(op.window);
+  const auto grid = static_cast<unsigned>(o.num_units < blocks ? o.num_units : blocks);
   if (head_dim == 64) {
-    launch<T, 64>(o, stream);
+    attention_kernel<T, 64><<<grid, kThreads, 0, stream>>>(o);
   } else {
-    launch<T, 128>(o, stream);
+    attention_kernel<T, 128><<<grid, kThreads, 0, stream>>>(o);
   }
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Groups, Shape, cuda_arguments, exact, replanned
+from attention_cases import Groups, Shape, cuda_arguments, exact, parked_floats, replanned
 from cuda_device import SimulatedDevice, find_devices
 
 from op_cases import Arguments
@@ -113,7 +113,7 @@ def test_a_row_that_sees_nothing_is_zero_with_a_maximum_of_minus_infinity() -> N
     alone = {**arguments, "items": items, "merges": nothing, "parts": nothing[:, 0].contiguous()}
     assert (bits(run(alone)) == 0).all()
     # As one of two parts: a partial of nothing, and the row's output is the other one's.
-    workspace = torch.zeros(2 * 2 * 66)
+    workspace = torch.zeros(parked_floats(64) + 2 * 2 * 66)
     items = torch.tensor([[0, 1, 0, 64, 149, 0, 0, 1, 0, 1], [0, 1, 64, 128, 10, 0, 1, 1, 0, 1]], dtype=torch.int32)
     merges = torch.tensor([[0, 1, 0, 2, 2]], dtype=torch.int32)
     parts = torch.tensor([0, 1], dtype=torch.int32)
@@ -127,7 +127,8 @@ def test_a_row_that_sees_nothing_is_zero_with_a_maximum_of_minus_infinity() -> N
         "counters": counters,
     }
     DEVICE.run("attention", given)
-    out, stats = workspace[: 2 * 2 * 64].view(2, 2, 64), workspace[2 * 2 * 64 :].view(2, 2, 2)
+    partials = workspace[parked_floats(64) :]
+    out, stats = partials[: 2 * 2 * 64].view(2, 2, 64), partials[2 * 2 * 64 :].view(2, 2, 2)
     assert (out[1] == 0).all()
     assert stats[1].tolist() == [[float("-inf"), 0.0]] * 2
     assert (given["out"] - (out[0] / stats[0, :, 1:])[None]).abs().max() < 1e-3

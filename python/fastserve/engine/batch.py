@@ -171,6 +171,7 @@ class BatchBuilder:
             groups=groups,
         )
         needed = plan.workspace_floats(config.num_heads, config.head_dim)
+        needed += self.device.attention_workspace_floats(config.head_dim)
         if self.workspaces[window].numel() < needed:
             self.workspaces[window] = self.device.empty((needed,), torch.float32)
         return plan

@@ -37,6 +37,9 @@ class Device(Protocol):
     def attention_workers(self) -> int:
         """Units of attention that can run at the same time."""
 
+    def attention_workspace_floats(self, head_dim: int) -> int:
+        """What attention needs besides the partial results of a plan."""
+
     @property
     def sample_workers(self) -> int:
         """Rows of logits that the sampler works on at the same time."""
@@ -112,6 +115,9 @@ class CpuDevice:
     @property
     def attention_workers(self) -> int:
         return _native.num_threads()
+
+    def attention_workspace_floats(self, head_dim: int) -> int:
+        return 0
 
     @property
     def sample_workers(self) -> int:
@@ -201,6 +207,10 @@ class CudaDevice:
         self._staging: tuple[torch.Tensor, torch.Tensor] | None = None  # on the host, there
         self._staged: Any = None  # an event after the last copy
         self.stage_generation = 0
+
+    def attention_workspace_floats(self, head_dim: int) -> int:
+        # csrc/cuda/attention.cu: a block of 128 threads parks 16-byte vectors, outputs of 16 rows and their sums.
+        return self.attention_workers * 128 * 4 * (head_dim // 8 + 1)
 
     def weight_dtype(self, asked: str, checkpoint: torch.dtype) -> torch.dtype:
         if asked == "float32":
