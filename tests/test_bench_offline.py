@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fastserve.bench import offline
 from fastserve.bench.offline import Stopwatch, cut_prompts
 from fastserve.cli import main
 
@@ -25,11 +27,26 @@ def test_a_short_text_starts_again() -> None:
     assert cut_prompts([1, 2, 3], 2, 4) == [[1, 2, 3, 1], [2, 3, 1, 2]]
 
 
-def test_stopwatch_does_not_count_this_process_as_another() -> None:
+def test_stopwatch_counts_what_others_took_and_not_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = {"busy_seconds": [10.0, 14.0], "own_seconds": [1.0, 4.0]}  # 1 s of the machine's 2 x 2 s
+    for name, values in readings.items():
+        monkeypatch.setattr(offline, name, iter(values).__next__)
+    monkeypatch.setattr(offline, "time", SimpleNamespace(perf_counter=iter([5.0, 7.0]).__next__))
+    monkeypatch.setattr(offline, "os", SimpleNamespace(cpu_count=lambda: 2))
     with Stopwatch() as watch:
-        sum(i * i for i in range(100_000))
-    assert watch.seconds > 0
-    assert 0 <= watch.others <= 1.05
+        pass
+    assert watch.seconds == 2.0
+    assert watch.others == 0.25
+
+
+@pytest.mark.parametrize(("busy", "share"), [(0.0, 0.0), (1.0, 1.0)])  # a tick too few, a tick too many
+def test_stopwatch_gives_a_share(monkeypatch: pytest.MonkeyPatch, busy: float, share: float) -> None:
+    monkeypatch.setattr(offline, "busy_seconds", iter([0.0, busy]).__next__)
+    monkeypatch.setattr(offline, "own_seconds", iter([0.0, 0.5 - busy / 2]).__next__)
+    monkeypatch.setattr(offline, "time", SimpleNamespace(perf_counter=iter([0.0, 0.1]).__next__))
+    with Stopwatch() as watch:
+        pass
+    assert watch.others == share
 
 
 def test_throughput_reports_cold_and_warm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,8 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._begin
         foreign = busy_seconds() - self._busy - (own_seconds() - self._own)
-        self.others = max(0.0, foreign / self.seconds / (os.cpu_count() or 1))
+        share = foreign / self.seconds / (os.cpu_count() or 1)
+        self.others = min(max(0.0, share), 1.0)  # the kernel counts in ticks of 10 ms: a short block can be off by some
 
 
 @dataclass(frozen=True)
