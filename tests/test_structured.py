@@ -80,7 +80,7 @@ def test_structured_requests_and_others_do_not_change_each_other(llm: LLM) -> No
 def test_preemption_does_not_change_a_structured_output(tiny_dir: Path, llm: LLM) -> None:
     asked = [params({"regex": "[a-z]{40}"}, seed) for seed in range(6)]
     expected = [output.outputs[0].text for output in llm.generate(["Say"] * 6, asked, use_tqdm=False)]
-    with LLM(tiny_dir, block_size=16, num_blocks=6, max_num_batched_tokens=8) as small:
+    with LLM(tiny_dir, block_size=16, num_blocks=6, max_num_batched_tokens=8, admission="aggressive") as small:
         got = small.generate(["Say"] * 6, asked, use_tqdm=False)
         assert small.loaded.engine.stats.num_preemptions > 0
     assert [output.outputs[0].text for output in got] == expected
