@@ -31,6 +31,8 @@
 // L2); M N outputs. Shared memory is reused for another purpose only between two barriers of the whole block.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/int4_stage.cuh"
 
 namespace fs::cuda::int4 {
@@ -165,8 +167,15 @@ __device__ __forceinline__ void write_tile(const Operands<T>& op, const Place& p
   }
 }
 
+// Blocks on a multiprocessor. One instance needs a few registers more than 128 on sm_90 and would spill two;
+// in groups of 32 two of its blocks do not fit the shared memory of sm_80 anyway.
+template <class T, int kTiles, int kGroup>
+inline constexpr int kBlocksAtOnce =
+    kTiles > 2 || (std::is_same_v<T, bf16> && kTiles == 2 && kGroup == 32) ? 1 : 2;
+
 template <class T, int kTiles, int kGroup, bool kMinimums, int kSlots>
-__global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1) linear_int4_kernel(const Operands<T> op) {
+__global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<T, kTiles, kGroup>))
+    linear_int4_kernel(const Operands<T> op) {
   extern __shared__ __align__(256) uint8_t shared[];
   uint32_t& arrived = *reinterpret_cast<uint32_t*>(shared + Epilogue<kTiles>::kArrived);
   const uint32_t ring = shared_address(shared);
