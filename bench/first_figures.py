@@ -92,7 +92,7 @@ def rate(llm: LLM, prompts: list[list[int]], num_output: int, unit: str) -> floa
 
 def machine_limits(llm: LLM) -> dict[str, float]:
     """Tokens per second if weights were read at memory bandwidth, and if all products ran at the best rate seen."""
-    source = torch.ones(2**27)  # 512 MB
+    source = llm.loaded.runner.device.empty((2**27,), torch.float32).fill_(1)  # 512 MB, in pages as the weights' are
     seconds = min(timed(lambda: source.sum()) for _ in range(5))
     torch.set_num_threads(_native.num_threads())
     seconds = min(seconds, *(timed(lambda: source.sum()) for _ in range(5)))

@@ -15,6 +15,7 @@ import torch
 
 from fastserve import _native
 from fastserve.config import EngineConfig
+from fastserve.engine.huge_pages import HugePages
 from fastserve.engine.memory import free_memory_bytes
 from fastserve.errors import FastserveError
 
@@ -111,6 +112,7 @@ class CpuDevice:
         _native.set_num_threads(num_threads or _native.num_physical_cores())
         torch.set_num_threads(1)  # inside a step the native pool has the cores
         self.ops = _native.ops
+        self._memory = HugePages()
 
     @property
     def attention_workers(self) -> int:
@@ -158,7 +160,7 @@ class CpuDevice:
         return _native.quantized_workspace_bytes(max_tokens, depth, activation_bits)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return self._memory.empty(shape, dtype)
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
