@@ -18,7 +18,7 @@ LENGTH = "N, LOW-HIGH, lognormal:MEDIAN:SIGMA or exponential:MEAN"
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", required=True, help="a10, a6000, a100, h100, h200, or TFLOPS:TB/s:GB of another")
+    parser.add_argument("--gpu", required=True, help="a10, a6000, a100, h100, h200, or TFLOPS:TB/s:GB:SMS of another")
     parser.add_argument("--model", required=True, help="a name (an unknown one lists them) or a model folder")
     parser.add_argument("--weight-bits", type=float, help="bits of a linear weight (default: 16, or as in the folder)")
     load = parser.add_argument_group("workload")
@@ -36,7 +36,11 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--admission", default="past_future", help="past_future, aggressive, conservative or oracle")
     group.add_argument("--policy", default="fcfs", help="who starts first (default: fcfs)")
-    group.add_argument("--max-num-batched-tokens", type=int, default=512, help="tokens of a step (default: 512)")
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        help="tokens of a step (default: what suits GPU and model, docs/simulation.md)",
+    )
     group.add_argument("--max-num-seqs", type=int, default=128, help="requests of a step (default: 128)")
     group.add_argument("--max-model-len", type=int, help="longest context (default: the model's)")
     group.add_argument("--block-size", type=int, default=16, help="tokens of a KV block (default: 16)")
@@ -72,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         oracle = arguments.admission == "oracle"
         ways = {"batch": arguments.batch, "separate": arguments.separate, "oracle": oracle}
-        result = simulate(arrivals, cost, _config(arguments), progress=progress, **ways)
+        result = simulate(arrivals, cost, _config(arguments, cost), progress=progress, **ways)
     summary = summarize(result)
     print(json.dumps(summary, indent=2) if arguments.json else table(summary))
     if folder is not None:
@@ -106,12 +110,15 @@ def _model(arguments: argparse.Namespace) -> Any:
     return replace(model, weight_bits=bits)
 
 
-def _config(arguments: argparse.Namespace) -> Any:
+def _config(arguments: argparse.Namespace, cost: Any) -> Any:
     from fastserve.config import EngineConfig
+    from fastserve.simulate.budget import choose_budget
 
-    names = ("policy", "max_num_batched_tokens", "max_num_seqs", "max_model_len", "block_size", "num_blocks")
+    names = ("policy", "max_num_seqs", "max_model_len", "block_size", "num_blocks")
+    budget = arguments.max_num_batched_tokens
     return EngineConfig(
         **{name: getattr(arguments, name) for name in names},
+        max_num_batched_tokens=choose_budget(cost) if budget is None else budget,
         admission="past_future" if arguments.admission == "oracle" else arguments.admission,
         enable_prefix_caching=not arguments.no_prefix_caching,
     )

@@ -18,6 +18,7 @@ class Gpu:
     flops: float  # per second
     bandwidth: float  # bytes per second
     memory_bytes: float
+    num_sms: int  # multiprocessors
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Model:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a10", 125e12, 0.600e12, 24e9),
-        Gpu("a6000", 155e12, 0.768e12, 48e9),
-        Gpu("a100", 312e12, 2.04e12, 80e9),
-        Gpu("h100", 989e12, 3.35e12, 80e9),
-        Gpu("h200", 989e12, 4.80e12, 141e9),
+        Gpu("a10", 125e12, 0.600e12, 24e9, 72),
+        Gpu("a6000", 155e12, 0.768e12, 48e9, 84),
+        Gpu("a100", 312e12, 2.04e12, 80e9, 108),
+        Gpu("h100", 989e12, 3.35e12, 80e9, 132),
+        Gpu("h200", 989e12, 4.80e12, 141e9, 132),
     )
 }
 MODELS = {
@@ -94,18 +95,22 @@ MODELS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU of the table, or "TFLOPS:TB/s:GB" (312:2.04:80) for any other. InvalidRequest lists what there is."""
+    """A GPU of the table, or "TFLOPS:TB/s:GB:SMS" (312:2.04:80:108) for any other. InvalidRequest lists what there
+    is."""
     if name in GPUS:
         return GPUS[name]
     parts = name.split(":")
     try:
-        tflops, bandwidth, memory = (float(part) for part in parts)
+        tflops, bandwidth, memory = (float(part) for part in parts[:3])
+        (sms,) = (int(part) for part in parts[3:])
     except ValueError:
-        tflops = bandwidth = memory = 0.0
-    if not all(0 < value < 1e9 for value in (tflops, bandwidth, memory)):
-        known = ", ".join(GPUS)
-        raise InvalidRequest(f"GPU {name!r} is unknown; known are {known}, or give TFLOPS:TB/s:GB as in 312:2.04:80")
-    return Gpu(name, tflops * 1e12, bandwidth * 1e12, memory * 1e9)
+        tflops = bandwidth = memory = sms = 0
+    if not all(0 < value < 1e9 for value in (tflops, bandwidth, memory, sms)):
+        raise InvalidRequest(
+            f"GPU {name!r} is unknown; known are {', '.join(GPUS)}, or give dense 16-bit TFLOPS, TB/s, GB and "
+            "multiprocessors, as in 312:2.04:80:108"
+        )
+    return Gpu(name, tflops * 1e12, bandwidth * 1e12, memory * 1e9, sms)
 
 
 def find_model(name: str) -> Model:
