@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastserve.admission import Memory, admission_names, aggressive, conservative, get_admission, past_future
 from fastserve.config import EngineConfig, SamplingParams
-from fastserve.engine.output_lengths import OutputLengths
+from fastserve.engine.output_lengths import GUESSES, OutputLengths
 from fastserve.errors import InvalidRequest
 from fastserve.request import Request
 from scheduler_harness import KV_FACTORIES, Harness
@@ -151,10 +151,23 @@ def test_a_shared_prefix_leaves_room():
 
 
 def test_output_lengths_forget_the_oldest():
-    lengths = OutputLengths(window=3)
+    lengths = OutputLengths(window=3, guesses=())
     for length in (5, 1, 9, 1, 4):
         lengths.add(length)
     assert list(lengths.ascending) == [1, 4, 9]
+
+
+def test_lengths_take_the_place_of_guesses():
+    lengths = OutputLengths(window=4, guesses=(70, 50))
+    assert list(lengths.ascending) == [50, 70]
+    lengths.add(3)
+    assert list(lengths.ascending) == [3, 50]
+    for length in (9, 2, 8):
+        lengths.add(length)
+    assert list(lengths.ascending) == [2, 3, 8, 9]
+    lengths.add(1)
+    assert list(lengths.ascending) == [1, 2, 8, 9]
+    assert sorted(GUESSES) == list(range(8, 513, 8))
 
 
 @pytest.mark.parametrize("kv", KV_FACTORIES)
@@ -166,7 +179,10 @@ def test_lengths_are_observed_from_outputs_that_ended_by_themselves(kv):
     for _ in range(6):
         h.step()
     h.scheduler.abort("aborted")
-    assert list(h.scheduler._output_lengths.ascending) == [3, 5]
+    known = list(h.scheduler._output_lengths.ascending)
+    assert len(known) == len(GUESSES)
+    assert known[:2] == [3, 5]
+    assert 30 not in known
 
 
 @pytest.mark.parametrize("kv", KV_FACTORIES)

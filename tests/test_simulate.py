@@ -191,6 +191,15 @@ def test_a_batch_is_planned_before_it_starts() -> None:
         simulate(replace(load, rate=9).arrivals(), A6000_13B, config, batch=True)
 
 
+def test_a_fresh_engine_does_not_wait_for_its_first_outputs() -> None:
+    """Nothing is known of the lengths but a limit of nearly the whole memory."""
+    load = Synthetic(64, "100-300", "exponential:150", max_tokens=8000)
+    config = EngineConfig(max_num_batched_tokens=512, block_size=16, num_blocks=512, max_model_len=8192)
+    ours, oracle = (simulate(load.arrivals(), A6000_13B, config, oracle=knows) for knows in (False, True))
+    assert len(ours.steps) <= 1.1 * len(oracle.steps)
+    assert ours.stats.num_preemptions <= 3
+
+
 def test_separate_steps_never_mix() -> None:
     load = Synthetic(30, "20-90", "2-30", rate=300)
     config = EngineConfig(max_num_batched_tokens=128, max_num_seqs=8, block_size=4, num_blocks=400)
