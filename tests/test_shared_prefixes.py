@@ -20,11 +20,15 @@ from tiny_models import make_tiny_checkpoint
 class Batch:
     """Requests of a plan on a harness, added in the plan's order."""
 
-    def __init__(self, harness: Harness, prompts: list[list[int]], **params: object) -> None:
+    def __init__(
+        self, harness: Harness, prompts: list[list[int]], priorities: list[int] | None = None, **params: object
+    ) -> None:
         self.harness = harness
+        self.priorities = priorities
         self.params = SamplingParams(**{"max_tokens": 4, "ignore_eos": True, **params})  # type: ignore[arg-type]
         self.prompts = prompts
-        self.plan = plan_prefixes(prompts, [self.params] * len(prompts), harness.config.block_size)
+        everybody = [self.params] * len(prompts)
+        self.plan = plan_prefixes(prompts, everybody, harness.config.block_size, priorities=priorities)
         self.rest = list(self.plan.order)
 
     def add_next(self) -> None:
@@ -33,6 +37,7 @@ class Batch:
             self.prompts[place],
             params=self.params,
             request_id=f"b{place}",
+            priority=self.priorities[place] if self.priorities else 0,
             shared_prefix=self.plan.prefix_of[place],
         )
 
@@ -98,6 +103,22 @@ def test_a_lone_request_gets_the_memory_of_held_prefixes():
     harness.drain_until(lambda: not harness.running)
     assert batch.held == [False]
     batch.add_next()
+    harness.drain()
+
+
+def test_no_prefix_waits_for_members_of_another_priority():
+    """Eight groups, each with two urgent members and two others: the urgent of all groups run first."""
+    harness = Harness(64, policy="priority", max_num_seqs=2)
+    prompts = [[group] * 8 + [member] for group in range(8) for member in range(4)]
+    batch = Batch(harness, prompts, priorities=[member % 2 for _ in range(8) for member in range(4)])
+    while batch.rest:
+        batch.add_next()
+    most_held = 0
+    while harness.scheduler.has_work():
+        harness.step()
+        most_held = max(most_held, sum(batch.held))
+    assert most_held <= 2
+    assert harness.scheduler.stats.num_cached_tokens >= 2 * 8 * 8
     harness.drain()
 
 

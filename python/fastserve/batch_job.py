@@ -310,6 +310,7 @@ class BatchJob:
             [one.params for one in prompts],
             config.block_size,
             [one.cache_salt for one in prompts],
+            [one.priority for one in prompts] if config.policy == "priority" else None,
         )
         for prompt, prefix in zip(prompts, window.plan.prefix_of, strict=True):
             prompt.shared_prefix = prefix
