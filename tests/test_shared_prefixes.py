@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastserve import LLM, SamplingParams
 from fastserve.config import RequestOutputKind
 from fastserve.engine.prefix_plan import plan_prefixes
-from fastserve.errors import QueueFull
+from fastserve.errors import InvalidRequest, QueueFull
 from scheduler_harness import KV_FACTORIES, Harness
 from tiny_models import make_tiny_checkpoint
 
@@ -237,6 +237,22 @@ def test_an_interrupted_batch_holds_nothing(tiny_dir: Path, monkeypatch: pytest.
         assert engine.stats.num_computed_tokens > 0
         engine.scheduler.check()
         assert engine.stats.num_used_blocks == 0
+
+
+def test_a_request_that_can_never_run_gives_up_its_place_in_the_batch(tiny_dir: Path) -> None:
+    params = SamplingParams(max_tokens=2, n=2, output_kind=RequestOutputKind.FINAL_ONLY)
+    with LLM(tiny_dir, block_size=16, num_blocks=4) as llm:
+        engine = llm.loaded.engine
+        plan = plan_prefixes([[1] * 17, [1] * 70, [1] * 48 + [2] * 9, [1] * 50], [params] * 4, 16)
+        for prompt, prefix in zip(([1] * 17, [1] * 48 + [2] * 9), (plan.prefix_of[0], plan.prefix_of[2]), strict=True):
+            engine.add_request(str(len(prompt)), prompt, params, shared_prefix=prefix)
+        for place in (1, 3):
+            with pytest.raises(InvalidRequest, match="places"):
+                engine.add_request("long", [1] * 70, params, shared_prefix=plan.prefix_of[place])
+        while engine.has_work:
+            engine.step()
+        assert engine.stats.num_used_blocks == 0
+        assert [prefix.num_open for prefix in plan.prefixes] == [0] * len(plan.prefixes)
 
 
 def test_a_refused_request_keeps_its_place_in_the_batch(tiny_dir: Path) -> None:

@@ -227,6 +227,15 @@ def test_a_request_that_is_too_long_is_refused_and_counted() -> None:
     assert summarize(simulate(load[:1], A6000_13B, config))["refused"] == 1
 
 
+def test_a_refused_request_of_a_batch_holds_no_prefix() -> None:
+    """Four groups, one member of each too long. What they share is in use until the last of the others has ended."""
+    load = [Arrival(0, ((2**30 + g, 16), (4 * g + m, 90 if m == 1 else 2)), 4, 4) for g in range(4) for m in range(4)]
+    config = EngineConfig(block_size=4, num_blocks=24, max_num_seqs=3)
+    run = simulate(load, A6000_13B, config, batch=True)
+    assert (len(run.requests), run.num_refused) == (12, 4)
+    assert run.stats.num_used_blocks == 0
+
+
 def test_percentiles_count_weights() -> None:
     values, counts = np.array([3.0, 1.0]), np.array([1.0, 99.0])
     figures = percentiles(values, counts)

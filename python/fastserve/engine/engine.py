@@ -102,14 +102,19 @@ class Engine:
         index: int | str | None = None,
         shared_prefix: SharedPrefix | None = None,
     ) -> None:
-        """Queues a request. InvalidRequest: it can never run. QueueFull: try again later. Either leaves no
-        trace.
+        """Queues a request. InvalidRequest: it can never run, and gives up its place in its batch. QueueFull: try
+        again later. Either leaves no other trace.
 
         Its n completions are sequences of their own, which meet in the prefix tree. `index` takes the place of the
         request's number in the order of arrival, of which its seed is made if it brings none. `shared_prefix` is the
         innermost of the prefixes that it shares in its batch; `end_batch` must follow.
         """
-        self.check_request(prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+        try:
+            self.check_request(prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+        except InvalidRequest:
+            if shared_prefix is not None:
+                self.scheduler.give_up_prefix(shared_prefix, params.n)
+            raise
         ids = [request_id] if params.n == 1 else [f"{request_id}#{i}" for i in range(params.n)]
         if request_id in self._outputs:
             raise InvalidRequest(f"{request_id!r}: a request of this id exists; ids must be unique")

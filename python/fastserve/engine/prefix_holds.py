@@ -44,12 +44,18 @@ class PrefixHolds:
     def leave(self, request: Request) -> None:
         """`request` has ended: gives up its prefixes that nobody else will need."""
         prefix, request.shared_prefix = request.shared_prefix, None
-        while prefix is not None:
-            prefix.num_open -= 1
-            if prefix.num_open > 0:
+        if prefix is not None:
+            self.give_up(prefix)
+
+    def give_up(self, prefix: SharedPrefix, num_requests: int = 1) -> None:
+        """So many requests whose innermost prefix it is need it no longer, or will never come."""
+        innermost: SharedPrefix | None = prefix
+        while innermost is not None:
+            innermost.num_open -= num_requests
+            if innermost.num_open > 0:
                 return
-            self._release(prefix)
-            prefix = prefix.parent
+            self._release(innermost)
+            innermost, num_requests = innermost.parent, 1
 
     def drop(self, prefixes: Iterable[SharedPrefix] | None = None) -> bool:
         """Gives up `prefixes`, and those that continue them must be among these; or all. Requests that still need

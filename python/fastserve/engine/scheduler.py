@@ -149,6 +149,10 @@ class Scheduler:
             raise RuntimeError(f"request {request.request_id!r} cannot end while a step is running")
         self._finish(request, reason, stop_reason)
 
+    def give_up_prefix(self, prefix: SharedPrefix, num_requests: int) -> None:
+        """So many requests that were to share `prefix` will never come."""
+        self._holds.give_up(prefix, num_requests)
+
     def drop_prefixes(self, prefixes: Iterable[SharedPrefix]) -> None:
         """The batch of these prefixes is over: they are held no longer, though requests of it may never have come."""
         self._holds.drop(prefixes)

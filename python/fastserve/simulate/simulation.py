@@ -129,7 +129,7 @@ def _planned(arrivals: Iterable[Arrival], config: EngineConfig) -> Iterator[tupl
     requests = list(arrivals)
     if any(request.arrival_s > 0 for request in requests):
         raise InvalidRequest("a batch is known beforehand: all its requests must arrive at 0, without a rate")
-    prompts = [request.token_ids() for request in requests]
+    prompts = [array("i", request.token_ids()) for request in requests]
     plan = plan_prefixes(prompts, [_params(request.max_tokens) for request in requests], config.block_size)
     for place in plan.order:
         yield requests[place], plan.prefix_of[place]
