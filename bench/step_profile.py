@@ -4,7 +4,9 @@
     python bench/step_profile.py MODEL_FOLDER                      batch 1, 32 and 64, and a prefill of 512 tokens
     python bench/step_profile.py MODEL_FOLDER --batch 8 --context 1024
     python bench/step_profile.py MODEL_FOLDER --threads 1          CPU time: usable on a machine that others use too
+    python bench/step_profile.py MODEL_FOLDER --eager              every op of a decode step, too
 
+Decode steps are recorded and replayed by one call, in which single ops cannot be told apart; with --eager none is.
 Ops and the engine's parts are wrapped with clocks (0.3 us a call), and each is charged what it spends outside the parts
 it calls. With one thread the clock is that thread's CPU time; with more it is wall time, which means little unless the
 machine is quiet. The prompts are real text. "linear" is split by shape, rows x depth.
@@ -23,6 +25,7 @@ from typing import Any
 
 from fastserve import LLM, SamplingParams, _native
 from fastserve.doctor import cpu_name
+from fastserve.engine.device import CpuDevice
 
 TEXT = Path(__file__).resolve().parent.parent / "LICENSE"
 
@@ -70,6 +73,8 @@ def watch_engine(clocks: Clocks, llm: LLM) -> None:
             function = getattr(_native.ops, op)
             name = name_of_linear(op) if op.startswith("linear") else (lambda *_, _name=f"op {op}", **__: _name)
             setattr(_native.ops, op, clocks.wrap(name, function))
+    capture = runner.device.capture
+    runner.device.capture = lambda *args: clocks.wrap(lambda: "op (all of a recording)", capture(*args))
     watch(clocks, engine.scheduler, "schedule", "python schedule")
     watch(clocks, engine.scheduler, "update", "python update")
     watch(clocks, runner.batches, "build", "python batch")
@@ -123,11 +128,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--threads", type=int, default=_native.num_physical_cores())
     parser.add_argument("--isa", choices=_native.isas(), default=_native.isa())
+    parser.add_argument("--eager", action="store_true", help="without recordings")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.batch is None and arguments.prefill is None:
         arguments.batch, arguments.prefill = [1, 32, 64], [512]
     _native.set_isa(arguments.isa)
+    CpuDevice.has_graphs = not arguments.eager
 
     llm = LLM(
         arguments.model,

@@ -49,6 +49,8 @@ PYBIND11_MODULE(_native, m) {
   fs::bind_kv(m);
   fs::bind_cuda(m);
   fs::bind_plan(m);
+  fs::bind_step_arrays(m);
+  fs::bind_recording(m);
   fs::bind_linear(m);
   fs::bind_quantized(m);
 }

@@ -12,6 +12,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/dlpack.h"
+#include "core/recording.h"
 
 namespace py = pybind11;
 
@@ -79,6 +80,10 @@ PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t num_positional, Py
           (convert(given[index++], Op::info.name, arg.spec, &(op.*(arg.member))), ...);
         },
         Op::args());
+    if (Recording* recording = Recording::of_this_thread(); recording != nullptr) {
+      recording->add(op);
+      Py_RETURN_NONE;
+    }
     constexpr auto first = std::get<0>(Op::args());  // every op writes its first argument
     context.stream = current_stream(given[0], op.*(first.member));
     const py::gil_scoped_release unlocked;

@@ -169,35 +169,55 @@ struct RegisterKernel {
   }
 };
 
-// Check the arguments, find the kernel, run it.
-template <class Op>
-void run(const Op& op, const OpContext& context = {}) {
-  static const auto specs = OpTraits<Op>::specs();
-  static const ShapeRules rules(Op::info.name, specs);
-  static const size_t variant_index = OpTraits<Op>::variant_index();
-
-  std::array<const Tensor*, OpTraits<Op>::num_tensors()> tensors;
-  size_t next = 0;
+// Calls f(tensor) for every tensor argument in declaration order, absent ones included.
+template <class Op, class F>
+void for_each_tensor(const Op& op, const F& f) {
   std::apply(
       [&](const auto&... arg) {
         const auto visit = [&](const auto& a) {
-          if constexpr (std::is_same_v<std::remove_cvref_t<decltype(op.*(a.member))>, Tensor>) {
-            tensors[next++] = &(op.*(a.member));
-          }
+          if constexpr (std::is_same_v<std::remove_cvref_t<decltype(op.*(a.member))>, Tensor>)
+            f(op.*(a.member));
         };
         (visit(arg), ...);
       },
       Op::args());
-  rules.check(tensors);
+}
 
-  const Tensor& variant = *tensors[variant_index];
+template <class Op>
+std::array<const Tensor*, OpTraits<Op>::num_tensors()> tensors_of(const Op& op) {
+  std::array<const Tensor*, OpTraits<Op>::num_tensors()> tensors;
+  size_t next = 0;
+  for_each_tensor(op, [&](const Tensor& tensor) { tensors[next++] = &tensor; });
+  return tensors;
+}
+
+// Throws fs::Error unless shapes, dtypes and devices of the arguments are as declared.
+template <class Op>
+void check(const Op& op) {
+  static const auto specs = OpTraits<Op>::specs();
+  static const ShapeRules rules(Op::info.name, specs);
+  rules.check(tensors_of(op));
+}
+
+// The kernel for arguments that have passed `check`. Throws fs::Error if there is none.
+template <class Op>
+typename Slot<Op>::Kernel kernel_for(const Op& op) {
+  static const size_t variant_index = OpTraits<Op>::variant_index();
+  const Tensor& variant = *tensors_of(op)[variant_index];
   const auto& entry = Slot<Op>::find(variant.device);
   FS_CHECK(entry.kernel != nullptr, Op::info.name << ": no kernel for " << name_of(variant.device)
                                                   << " in this build (see `fastserve doctor`)");
   FS_CHECK(entry.variants.contains(variant.dtype),
            Op::info.name << ": " << Op::info.variant << " is " << name_of(variant.dtype) << "; the "
                          << name_of(variant.device) << " kernel takes " << to_string(entry.variants));
-  entry.kernel(op, context);
+  return entry.kernel;
+}
+
+// Check the arguments, find the kernel, run it.
+template <class Op>
+void run(const Op& op, const OpContext& context = {}) {
+  check(op);
+  kernel_for(op)(op, context);
 }
 
 }  // namespace fs

@@ -63,7 +63,7 @@ class SimulatedCudaDevice(CudaDevice):
     def free_memory_bytes(self) -> int:
         return self.memory_bytes
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, arrays: Any, work: Callable[[], None]) -> Callable[[], None]:
         work()
         self.module.synchronize()
         graph = self.module.Graph()

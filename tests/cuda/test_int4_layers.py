@@ -54,7 +54,7 @@ def test_layers_of_one_workspace_multiply_and_replay(dtype: torch.dtype, form: s
         second(out, between, workspace)
 
     x.copy_(torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)))
-    replay = device.capture(step)
+    replay = device.capture(None, step)
     for seed in (2, 3):
         x.copy_(torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)))
         replay()

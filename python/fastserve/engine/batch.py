@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 
 from fastserve import _native
@@ -32,175 +32,125 @@ class AttentionWork:
     span: int
 
 
-@dataclass(frozen=True)
 class Batch:
-    """One step as tensors. Rows are the step's tokens, request after request.
+    """One step as tensors, until the next one is built. Rows are the step's tokens, request after request.
 
     Requests stand depth-first in the tree of the prefixes that they share, not in the plan's order: so the readers of
     a prefix are neighbours, and attention reads it once for all of them. No result depends on the order of rows.
+
+    `graph_key`: what a recording of this step depends on; None if it is not to be recorded.
     """
 
-    token_ids: torch.Tensor  # int32 [T]
-    positions: torch.Tensor  # int32 [T]
-    slot_mapping: torch.Tensor  # int32 [T], block * block_size + offset of the token's key and value
-    block_tables: torch.Tensor  # int32 [requests, longest table], -1 padded
-    attention: dict[int, AttentionWork]  # by window, 0 = none
-    row_starts: tuple[int, ...]  # first row of each item of the plan, in the plan's order
-    sample_rows: torch.Tensor  # int32, the last row of each item that samples, in the plan's order
-    num_kv_tokens: int  # of all requests
-    num_kv_tokens_spared: int  # of these, tokens of shared prefixes that need no second read, by the least window
-    graph_key: Hashable | None  # what a recording of this step depends on; None: it is not to be recorded
+    def __init__(self, builder: BatchBuilder, memory: torch.Tensor, graph_key: Hashable | None) -> None:
+        self._builder = builder
+        self._memory = memory
+        self.graph_key = graph_key
+        self.num_rows: int = builder.arrays.num_rows  # the step's tokens; if recorded, perhaps with unread padding
+
+    # Made when asked for: a step that is replayed needs none of them.
+
+    @cached_property
+    def _tensors(self) -> list[torch.Tensor]:
+        return self._builder.device.views(self._memory, self._builder.arrays, recorded=self.graph_key is not None)
 
     @property
-    def num_rows(self) -> int:
-        """The step's tokens; with padding rows, which nobody reads, if it is to be recorded."""
-        return self.token_ids.shape[0]
+    def token_ids(self) -> torch.Tensor:
+        """int32 [T]"""
+        return self._tensors[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int32 [T]"""
+        return self._tensors[1]
+
+    @property
+    def slot_mapping(self) -> torch.Tensor:
+        """int32 [T], block * block_size + offset of the token's key and value"""
+        return self._tensors[2]
+
+    @property
+    def block_tables(self) -> torch.Tensor:
+        """int32 [requests, longest table], -1 padded"""
+        return self._tensors[3]
+
+    @property
+    def sample_rows(self) -> torch.Tensor:
+        """int32, the last row of each item that samples, in the plan's order"""
+        return self._tensors[4]
+
+    @cached_property
+    def attention(self) -> dict[int, AttentionWork]:
+        """By window, 0 = none."""
+        b, work = self._builder, iter(self._tensors[5:])
+        return {
+            window: AttentionWork(next(work), next(work), next(work), b.workspace, b.counters, b.span)
+            for window in b.windows
+        }
+
+    @property
+    def row_starts(self) -> list[int]:
+        """First row of each item of the plan, in the plan's order."""
+        return self._builder.arrays.row_starts
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Of all requests."""
+        return self._builder.arrays.num_kv_tokens
+
+    @property
+    def num_kv_tokens_spared(self) -> int:
+        """Of these, tokens of shared prefixes that need no second read, by the least window."""
+        return self._builder.arrays.num_kv_tokens_spared
 
 
 class BatchBuilder:
     """Makes Batches; keeps what is the same for all steps.
 
     `windows` are the distinct attention windows of the model's layers, 0 for none. On a device with graphs a step of
-    decodes alone, of at most `max_decodes` requests, is padded, so that few recordings serve all such steps.
+    decodes alone, of at most `max_decodes` requests, can be recorded.
     """
 
     def __init__(self, device: Device, config: ModelConfig, block_size: int, max_decodes: int) -> None:
         self.device = device
-        self.max_decodes = max_decodes
-        self.block_size = block_size
         self.config = config
         self.span = ATTENTION_SPAN * block_size
         self.windows = sorted({window or 0 for window in config.layer_windows})
-        self.workspaces = {window: device.empty((0,), torch.float32) for window in self.windows}
-        self.counters = device.upload(torch.zeros(0, dtype=torch.int32))
-
-    def build(self, plan: StepPlan) -> Batch:
-        num_tokens, num_requests = plan.num_tokens, len(plan.items)
-        token_ids = np.empty(num_tokens, np.int32)
-        positions = np.empty(num_tokens, np.int32)
-        slots = np.empty(num_tokens, np.int32)
-        tables = np.full((num_requests, max(len(i.request.block_ids) for i in plan.items)), -1, np.int32)
-        query_start = np.zeros(num_requests + 1, np.int32)
-        seq_lens = np.empty(num_requests, np.int32)
-        row, size = 0, self.block_size
-        for table, item in zip(tables, plan.items, strict=True):
-            table[: len(item.request.block_ids)] = item.request.block_ids
-        # Shared is what a request only reads: whole blocks before its first row.
-        order, groups = _native.prefix_groups(tables, [item.start // size for item in plan.items], block_size=size)
-        if len(groups):
-            tables = tables[order]
-        row_starts = [0] * num_requests
-        for index, place in enumerate(order.tolist()):
-            item = plan.items[place]
-            request, start, count = item.request, item.start, item.num_new_tokens
-            end = start + count
-            row_starts[place] = row
-            if count == 1:  # nearly every item of a decode-maximal step
-                token_ids[row] = request.token_ids[start]
-                positions[row] = start
-                slots[row] = request.block_ids[start // size] * size + start % size
-            else:
-                rows = slice(row, row + count)
-                where = np.arange(start, end, dtype=np.int32)
-                token_ids[rows] = request.token_ids[start:end]
-                positions[rows] = where
-                slots[rows] = tables[index, where // size] * size + where % size
-            row += count
-            query_start[index + 1] = row
-            seq_lens[index] = end
-        sampling = [
-            first + item.num_new_tokens - 1 for first, item in zip(row_starts, plan.items, strict=True) if item.sample
-        ]
-        plans = [self._plan_attention(window, query_start, seq_lens, groups) for window in self.windows]
-        arrays = [token_ids, positions, slots, tables, np.array(sampling, np.int32)]
-        arrays += [array for work in plans for array in (work.items, work.merges, work.parts)]
-        decodes_only = num_tokens == num_requests == len(sampling) <= self.max_decodes
-        recorded = self.device.has_graphs and decodes_only
-        if recorded:
-            arrays = _padded(arrays, self.max_decodes)
-        num_counters = 2 + max(len(merges) for merges in arrays[6::3]) * self.config.num_kv_heads
-        if self.counters.numel() < num_counters:
-            self.counters = self.device.upload(torch.zeros(2 * num_counters, dtype=torch.int32))
-        staged = self.device.stage(arrays)
-        work_tensors = iter(staged[5:])
-        return Batch(
-            token_ids=staged[0],
-            positions=staged[1],
-            slot_mapping=staged[2],
-            block_tables=staged[3],
-            attention={
-                window: AttentionWork(
-                    items=next(work_tensors),
-                    merges=next(work_tensors),
-                    parts=next(work_tensors),
-                    workspace=self.workspaces[window],
-                    counters=self.counters,
-                    span=self.span,
-                )
-                for window in self.windows
-            },
-            row_starts=tuple(row_starts),
-            sample_rows=staged[4],
-            num_kv_tokens=int(seq_lens.sum()),
-            num_kv_tokens_spared=plans[0].num_tokens_spared,
-            graph_key=self._graph_key(arrays) if recorded else None,
-        )
-
-    def _graph_key(self, arrays: list[np.ndarray]) -> Hashable:
-        # Sizes too: an address may come back with another one.
-        tensors = (*self.workspaces.values(), self.counters)
-        kept = tuple((tensor.data_ptr(), tensor.numel()) for tensor in tensors)
-        return tuple(array.shape for array in arrays), kept, self.device.stage_generation
-
-    def _plan_attention(
-        self, window: int, query_start: np.ndarray, seq_lens: np.ndarray, groups: np.ndarray
-    ) -> _native.AttentionPlan:
-        config = self.config
-        plan = _native.AttentionPlan(
-            query_start,
-            seq_lens,
-            block_size=self.block_size,
+        self.arrays = _native.StepArrays(
+            self.windows,
+            block_size=block_size,
             span=self.span,
             group_size=config.num_heads // config.num_kv_heads,
             num_kv_heads=config.num_kv_heads,
-            window=window,
-            num_workers=self.device.attention_workers,
-            rows_per_item=self.device.rows_per_item,
-            rows_per_shared_item=self.device.rows_per_shared_item,
-            rows_per_warp=self.device.rows_per_warp,
-            groups=groups,
+            rows_per_item=device.rows_per_item,
+            rows_per_shared_item=device.rows_per_shared_item,
+            rows_per_warp=device.rows_per_warp,
+            max_decodes=max_decodes if device.has_graphs else 0,
+            fixed_shapes=device.graphs_fix_shapes,
         )
-        needed = plan.workspace_floats(config.num_heads, config.head_dim)
-        needed += self.device.attention_workspace_floats(config.head_dim)
-        if self.workspaces[window].numel() < needed:
-            self.workspaces[window] = self.device.empty((needed,), torch.float32)
-        return plan
+        self.workspace = device.empty((0,), torch.float32)
+        self.counters = device.upload(torch.zeros(0, dtype=torch.int32))
+        self._generation = 0  # of the two: a recording holds their addresses
 
+    def build(self, plan: StepPlan) -> Batch:
+        arrays = self.arrays
+        arrays.build(plan.items, self.device.attention_workers)
+        self._reserve(arrays.num_slots, arrays.num_merges)
+        memory = self.device.stage(arrays)
+        key = arrays.graph_key()
+        return Batch(self, memory, key and (key, self._generation, self.device.stage_generation))
 
-def _padded(arrays: list[np.ndarray], max_rows: int) -> list[np.ndarray]:
-    """The arrays of a step of decodes at the next larger of a few sizes. A padding row is a token at position 0 that
-    is written to no slot; a padding item or merge has no rows."""
-    token_ids, positions, slots, tables, sample_rows, *work = arrays
-    rows = min(_next_size(len(token_ids)), max_rows)
-    width = 1 << (tables.shape[1] - 1).bit_length()
-
-    def grown(array: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:
-        large = np.full(shape, fill, np.int32)
-        large[tuple(slice(0, extent) for extent in array.shape)] = array
-        return large
-
-    return [
-        grown(token_ids, (rows,), 0),
-        grown(positions, (rows,), 0),
-        grown(slots, (rows,), -1),
-        grown(tables, (rows, width), -1),
-        grown(sample_rows, (rows,), 0),
-        *(grown(array, (1 << len(array).bit_length(), *array.shape[1:]), 0) for array in work),
-    ]
-
-
-def _next_size(num_rows: int) -> int:
-    return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+    def _reserve(self, num_slots: int, num_merges: int) -> None:
+        """Room for the attention of a step. One workspace serves all layers: they run one after another."""
+        config, device = self.config, self.device
+        num_floats = num_slots * config.num_heads * (config.head_dim + 2)
+        num_floats += device.attention_workspace_floats(config.head_dim)
+        num_counters = 2 + num_merges * config.num_kv_heads
+        if self.workspace.numel() < num_floats:
+            self.workspace = device.empty((2 * num_floats,), torch.float32)
+            self._generation += 1
+        if self.counters.numel() < num_counters:
+            self.counters = device.upload(torch.zeros(2 * num_counters, dtype=torch.int32))
+            self._generation += 1
 
 
 class StepBuffers:

@@ -7,10 +7,10 @@ reads results with `fetch`. All work of a step is queued on one stream; nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from fastserve import _native
@@ -33,6 +33,7 @@ class Device(Protocol):
     rows_per_shared_item: int  # the same for an item whose rows are of several requests
     rows_per_warp: int  # packed rows that the attention kernel gives to a warp of its own; 0: it has no warps
     has_graphs: bool  # `capture` works
+    graphs_fix_shapes: bool  # a recording serves only steps whose arrays have the same shapes
 
     @property
     def attention_workers(self) -> int:
@@ -79,20 +80,24 @@ class Device(Protocol):
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous host tensor there, to keep."""
 
-    def stage(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """A step's int32 arrays there, in one copy. The tensors are overwritten by the next call; arrays of the same
-        shapes get the same addresses, on which graphs rely, unless `stage_generation` has changed."""
+    def stage(self, arrays: _native.StepArrays) -> torch.Tensor:
+        """The memory, int32, to which a step's arrays were brought in one copy; overwritten by the next call. It is
+        the same memory every time, on which graphs rely, unless `stage_generation` has changed."""
 
     @property
     def stage_generation(self) -> int: ...
+
+    def views(self, memory: torch.Tensor, arrays: _native.StepArrays, *, recorded: bool) -> list[torch.Tensor]:
+        """The arrays as tensors in what `stage` returned, for ops that run or that are `recorded`."""
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the host, once all that was queued before has run."""
 
     def free_memory_bytes(self) -> int: ...
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` queues; it may run once before. The function returned queues all of it at once."""
+    def capture(self, arrays: _native.StepArrays, work: Callable[[], None]) -> Callable[[], None]:
+        """Records what `work` does with the staged arrays; it may run once before. The function returned does all of it
+        at once, with what is staged then."""
 
 
 class CpuDevice:
@@ -103,7 +108,8 @@ class CpuDevice:
     rows_per_item = 48
     rows_per_shared_item = 384
     rows_per_warp = 0
-    has_graphs = False
+    has_graphs = True
+    graphs_fix_shapes = False
     has_int4 = has_int8 = True
     activation_bits: tuple[int, ...] = (8, 16)
     stage_generation = 0
@@ -113,6 +119,7 @@ class CpuDevice:
         torch.set_num_threads(1)  # inside a step the native pool has the cores
         self.ops = _native.ops
         self._memory = HugePages()
+        self._staging = torch.empty(0, dtype=torch.int32)
 
     @property
     def attention_workers(self) -> int:
@@ -165,8 +172,16 @@ class CpuDevice:
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def stage(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        return [torch.from_numpy(array) for array in arrays]
+    def stage(self, arrays: _native.StepArrays) -> torch.Tensor:
+        if self._staging.numel() < arrays.size:
+            self._staging = self.empty((2 * arrays.size,), torch.int32)
+        arrays.write(self._staging)
+        return self._staging
+
+    def views(self, memory: torch.Tensor, arrays: _native.StepArrays, *, recorded: bool) -> list[torch.Tensor]:
+        # A recording knows the arrays by their addresses, and torch gives none to an empty tensor.
+        least = 1 if recorded else 0
+        return [_view(memory, begin, (max(rows, least), *columns)) for begin, (rows, *columns) in arrays.layout()]
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -174,8 +189,11 @@ class CpuDevice:
     def free_memory_bytes(self) -> int:
         return free_memory_bytes()
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        return work
+    def capture(self, arrays: _native.StepArrays, work: Callable[[], None]) -> Callable[[], None]:
+        recording = _native.Recording(arrays)
+        with recording:
+            work()
+        return recording.run
 
 
 class CudaDevice:
@@ -185,7 +203,7 @@ class CudaDevice:
     rows_per_item = 64
     rows_per_shared_item = 64
     rows_per_warp = 16
-    has_graphs = True
+    has_graphs = graphs_fix_shapes = True
     has_int4, has_int8 = True, False
     activation_bits: tuple[int, ...] = (16,)
 
@@ -256,24 +274,21 @@ class CudaDevice:
         there.copy_(tensor)
         return there
 
-    def stage(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        starts = [0]
-        for array in arrays:
-            starts.append(starts[-1] + (array.size + 3) // 4 * 4)  # 16-byte pieces
-        if self._staging is None or self._staging[0].numel() < starts[-1]:
-            size = max(2 * starts[-1], 1 << 16)
-            self._staging = self._pinned(size), self.empty((size,), torch.int32)
+    def stage(self, arrays: _native.StepArrays) -> torch.Tensor:
+        size = arrays.size
+        if self._staging is None or self._staging[0].numel() < size:
+            room = max(2 * size, 1 << 16)
+            self._staging = self._pinned(room), self.empty((room,), torch.int32)
             self.stage_generation += 1
         host, there = self._staging
         self._wait_for_staging()
-        numbers = host.numpy()
-        staged = []
-        for start, array in zip(starts, arrays, strict=False):
-            numbers[start : start + array.size] = array.reshape(-1)
-            staged.append(there[start : start + array.size].view(array.shape))
-        there[: starts[-1]].copy_(host[: starts[-1]], non_blocking=True)
+        arrays.write(host)
+        there[:size].copy_(host[:size], non_blocking=True)
         self._staged = self._record_event()
-        return staged
+        return there
+
+    def views(self, memory: torch.Tensor, arrays: _native.StepArrays, *, recorded: bool) -> list[torch.Tensor]:
+        return [_view(memory, begin, shape) for begin, shape in arrays.layout()]
 
     def _wait_for_staging(self) -> None:
         """A step that samples nothing fetches nothing: its copy may still read the host's buffer."""
@@ -292,13 +307,17 @@ class CudaDevice:
     def free_memory_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, arrays: _native.StepArrays, work: Callable[[], None]) -> Callable[[], None]:
         work()  # what is set up on first use must not be recorded
         torch.cuda.synchronize(self.torch_device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
         return graph.replay
+
+
+def _view(memory: torch.Tensor, begin: int, shape: Sequence[int]) -> torch.Tensor:
+    return memory[begin : begin + math.prod(shape)].view(tuple(shape))
 
 
 def make_device(config: EngineConfig) -> Device:

@@ -73,7 +73,7 @@ class ModelRunner:
         self.batches = BatchBuilder(self.device, m, config.block_size, max_logit_rows)
         self.num_kv_tokens = 0  # tokens of all requests of all steps so far: attention's work for one KV head
         self.num_kv_tokens_spared = 0  # of these, read once for several requests: all readers but one
-        self.graphs = StepGraphs(self.device)
+        self.graphs = StepGraphs(self.device, self.batches.arrays)
         self.sampler = Sampler(self.device, m.vocab_size, max_logit_rows, self.eos_token_ids)
 
     @property

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded steps: on a GPU a decode step is hundreds of small launches, which a CUDA graph queues as one."""
+"""Recorded steps. A decode step is hundreds of op calls: on a GPU a CUDA graph queues them as one, on a CPU a native
+recording runs them in one call."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
+from fastserve import _native
 from fastserve.engine.device import Device
 
-MAX_GRAPHS = 48  # each holds some hundred launches' parameters; the least recently used goes
+MAX_GRAPHS = 48  # each holds some hundred ops' arguments, 0.2 MB; the least recently used goes
 
 
 class StepGraphs:
-    """Records the work of a step on its first use and queues the recording from then on.
+    """Records the work of a step on its first use and replays the recording from then on.
 
     The key names all that a recording depends on: shapes and addresses. Recordings share one set of buffers, so that
-    their memory is bounded by their own parameters.
+    their memory is bounded by their own arguments. `arrays` are those of every step.
     """
 
-    def __init__(self, device: Device, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(self, device: Device, arrays: _native.StepArrays, max_graphs: int = MAX_GRAPHS) -> None:
         self._device = device
+        self._arrays = arrays
         self._max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
 
@@ -31,7 +34,7 @@ class StepGraphs:
         if graph is None:
             if len(self._graphs) >= self._max_graphs:
                 self._graphs.popitem(last=False)
-            graph = self._graphs[key] = self._device.capture(work)
+            graph = self._graphs[key] = self._device.capture(self._arrays, work)
         else:
             self._graphs.move_to_end(key)
         graph()

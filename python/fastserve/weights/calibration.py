@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastserve.config import SamplingParams
-from fastserve.engine.batch import Batch, BatchBuilder, StepBuffers
+from fastserve.engine.batch import BatchBuilder, StepBuffers
 from fastserve.engine.device import Device
 from fastserve.engine.scheduler import StepItem, StepPlan
 from fastserve.layers import Linear
@@ -57,13 +57,12 @@ class CalibrationText:
         self._windows = [list(token_ids[begin : begin + context]) for begin in range(0, end, context)]
         self._context = len(self._windows[0])
         self._cos_sin = cos_sin_table(config.rope, config.head_dim, self._context)
-        builder = BatchBuilder(device, config, BLOCK_SIZE, 1)
-        self._batches = [builder.build(_whole(window)) for window in self._windows]
+        self._batches = BatchBuilder(device, config, BLOCK_SIZE, max_decodes=0)
         width = config.hidden_size
         self._residuals = torch.empty((len(self._windows), self._context, width))
         self._outs = torch.zeros_like(self._residuals)  # what the layer before adds to the residual
-        for batch, residual in zip(self._batches, self._residuals, strict=True):
-            device.ops.embedding(residual, batch.token_ids, embedding)
+        for window, residual in zip(self._windows, self._residuals, strict=True):
+            device.ops.embedding(residual, torch.tensor(window, dtype=torch.int32), embedding)
 
     @property
     def num_tokens(self) -> int:
@@ -87,8 +86,8 @@ class CalibrationText:
         blocks = -(-tokens // BLOCK_SIZE)
         cache = self.device.empty((blocks, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim), torch.float32)
         views = buffers.rows(tokens)
-        for index in range(len(self._windows)):
-            batch: Batch = self._batches[index]
+        for index, window in enumerate(self._windows):
+            batch = self._batches.build(_whole(window))
             views.residual.copy_(self._residuals[index])
             views.sublayer_out.copy_(self._outs[index])
             layer.forward(batch, cache, self._cos_sin, views)

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "core/recording.h"
+
+#include "core/error.h"
+
+namespace fs {
+
+thread_local Recording* Recording::current_ = nullptr;
+
+Recording::~Recording() {
+  if (current_ == this) current_ = nullptr;
+}
+
+void Recording::begin() {
+  FS_CHECK(current_ == nullptr, "recording: this thread records already");
+  current_ = this;
+}
+
+void Recording::end() {
+  FS_CHECK(current_ == this, "recording: this thread does not record");
+  current_ = nullptr;
+  words_.shrink_to_fit();
+  calls_.shrink_to_fit();
+  bound_.shrink_to_fit();
+}
+
+void Recording::bind(const Tensor& tensor, size_t at) {
+  if (!tensor.defined() || tensor.data == nullptr) return;
+  FS_CHECK(tensor.device == Device::cpu,
+           "recording: an argument is " << describe(tensor) << "; only ops on the CPU are recorded here");
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    if (inputs_[i].data == tensor.data) {
+      bound_.push_back({at, i});
+      return;
+    }
+  }
+}
+
+void Recording::run() {
+  FS_CHECK(current_ == nullptr, "recording: this thread records; it cannot run one meanwhile");
+  auto* bytes = reinterpret_cast<std::byte*>(words_.data());
+  for (const Bound& bound : bound_) {
+    FS_CHECK(bound.input < inputs_.size(), "recording: an input is missing");
+    std::memcpy(bytes + bound.at, &inputs_[bound.input], sizeof(Tensor));
+  }
+  for (const Call& call : calls_) call.run(&words_[call.at]);
+}
+
+size_t Recording::num_bytes() const {
+  return words_.capacity() * sizeof(uint64_t) + calls_.capacity() * sizeof(Call) +
+         bound_.capacity() * sizeof(Bound);
+}
+
+}  // namespace fs
