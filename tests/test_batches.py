@@ -15,8 +15,8 @@ import httpx
 import openai
 import pytest
 
-from fastserve import LLM, FastserveError, SamplingParams
-from fastserve.server.batches import BadFile, Batches, read_answers, read_requests
+from fastserve import LLM, FastserveError, InvalidRequest, SamplingParams
+from fastserve.server.batches import Batches, check_requests
 from fastserve.server.errors import ApiError
 from fastserve.server.files import FileStore
 from serving import RunningServer, ServerProcess
@@ -33,7 +33,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(tiny_dir: Path, tmp_path: Path) -> Iterator[RunningServer]:
     batch_dir = str(tmp_path / "store")
-    options: dict[str, Any] = {"batch_dir": batch_dir, "max_file_bytes": 8000}
+    options: dict[str, Any] = {"batch_dir": batch_dir, "max_file_bytes": 40_000}
     with RunningServer(tiny_dir, ENGINE, served_model_name=["tiny"], **options) as running:
         yield running
         running.wait_until_empty()
@@ -107,9 +107,9 @@ def test_chats_are_answered_and_bad_requests_go_to_the_error_file(server: Runnin
     ("text", "code"),
     [
         ("", "empty_file"),
-        ("{", "invalid_json_line"),
-        ("[" * 3000, "invalid_json_line"),
-        ('{"custom_id": "a"}', "invalid_json_line"),
+        ("{", "invalid_json"),
+        ("[" * 3000, "invalid_json"),
+        ('{"custom_id": "a"}', "invalid_method"),
         (line("a", prompt="b") * 2, "duplicate_custom_id"),
         (line("a", "/v1/embeddings"), "mismatched_url"),
         (line("", prompt="b"), "invalid_custom_id"),
@@ -142,7 +142,7 @@ def test_what_is_wrong_with_an_upload_is_said(server: RunningServer) -> None:
     with pytest.raises(openai.BadRequestError, match="purpose"):
         client.files.create(file=b"{}", purpose="fine-tune")
     with pytest.raises(openai.APIStatusError) as caught:
-        client.files.create(file=b"x" * 9000, purpose="batch")
+        client.files.create(file=b"x" * 41_000, purpose="batch")
     assert caught.value.status_code == 413
     assert server.post("/v1/files", {}).status_code == 415
     assert httpx.post(server.url + "/v1/files", files={"other": b"a"}, data={"purpose": "batch"}).status_code == 400
@@ -161,13 +161,18 @@ def test_a_cancelled_batch_keeps_the_answers_it_has(server: RunningServer) -> No
     gate = threading.Semaphore(40)
     real = server.engine._runner.run
     server.engine._runner.run = lambda plan: (gate.acquire(), real(plan))[1]
-    text = "".join(line(f"r{i}", prompt=[5 + i], max_tokens=2 if i < 2 else 300) for i in range(12))
-    batch = start(client, text)
-    server.wait_until(lambda: server.batches.get(batch.id).request_counts["completed"] == 2)
-    waiting = start(client, text)
-    assert client.batches.cancel(waiting.id).status == "cancelling"
-    assert client.batches.cancel(batch.id).status == "cancelling"
-    gate.release(100_000)
+    # What decodes most for what it computes goes first: r0 and r1.
+    text = "".join(
+        line(f"r{i}", prompt=[5 + i] * (1 if i < 2 else 100), max_tokens=2 if i < 2 else 100) for i in range(12)
+    )
+    try:
+        batch = start(client, text)
+        server.wait_until(lambda: server.batches.get(batch.id).request_counts["completed"] == 2)
+        waiting = start(client, text)
+        assert client.batches.cancel(waiting.id).status == "cancelling"
+        assert client.batches.cancel(batch.id).status == "cancelling"
+    finally:
+        gate.release(100_000)
     first, second = ended(client, batch.id), ended(client, waiting.id)
     assert (first.status, second.status) == ("cancelled", "cancelled")
     assert {one["custom_id"] for one in lines_of(client, first.output_file_id)} == {"r0", "r1"}
@@ -185,6 +190,55 @@ def test_clients_are_answered_while_a_batch_fills_its_half_of_the_places(server:
     assert client.batches.retrieve(batch.id).status == "in_progress"
     client.batches.cancel(batch.id)
     ended(client, batch.id)
+
+
+def test_a_shared_prefix_of_a_batch_is_computed_once(server: RunningServer) -> None:
+    # Eight groups with prefixes of ten blocks are more than the 64 blocks hold, and they come in turns.
+    asked = [[5 + i % 8] * 160 + [40 + i] * 5 for i in range(32)]
+    batch = run(server.client(), "".join(line(f"r{i}", prompt=prompt) for i, prompt in enumerate(asked)))
+    answers = lines_of(server.client(), batch.output_file_id)
+    usages = [one["response"]["body"]["usage"] for one in answers]
+    assert sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages) == 8 * 3 * 160
+    assert [one["custom_id"] for one in answers] == [f"r{i}" for i in range(32)]
+
+
+def test_a_prompt_that_the_engine_refuses_holds_no_prefix(server: RunningServer) -> None:
+    loaded, engine, held = server.llm.loaded, server.engine, []
+    real_prompt, real_check, real_end = loaded.prompt, engine.check_request, engine.end_batch
+    jobs = 0  # the first check of each is that of its line
+
+    def prompt(given: Any, **more: Any) -> Any:  # before the engine
+        if isinstance(given, dict) and given["prompt_token_ids"][-1] == 9:
+            raise InvalidRequest("planted")
+        return real_prompt(given, **more)
+
+    def check(token_ids: Any, *args: Any, **more: Any) -> None:  # in the engine
+        nonlocal jobs
+        jobs += token_ids[-1] == 11
+        if token_ids[-1] == 11 and jobs == 2:
+            raise InvalidRequest("planted")
+        real_check(token_ids, *args, **more)
+
+    def end(prefixes: Any) -> None:
+        held.append(engine.scheduler._holds.num_blocks)
+        real_end(prefixes)
+
+    loaded.prompt, engine.check_request, engine.end_batch = prompt, check, end
+    lines = [line(f"r{i}", prompt=[7] * 64 + [i], n=2, temperature=1.0) for i in (8, 9, 10, 11)]
+    batch = run(server.client(), "".join(lines))
+    assert batch.request_counts.model_dump() == {"total": 4, "completed": 2, "failed": 2}
+    errors = lines_of(server.client(), batch.error_file_id)
+    told = [(one["custom_id"], one["error"]["message"], one["response"]["status_code"]) for one in errors]
+    assert told == [("r9", "planted", 400), ("r11", "planted", 400)]
+    assert held == [0]
+
+
+def test_requests_without_a_seed_draw_differently_in_each_batch(server: RunningServer) -> None:
+    client = server.client()
+    text = "".join(line(f"r{i}", prompt=[5], temperature=1.0, max_tokens=8) for i in range(3))
+    first, second = (lines_of(client, run(client, text).output_file_id) for _ in range(2))
+    texts = [one["response"]["body"]["choices"][0]["text"] for one in first + second]
+    assert len(set(texts)) == 6
 
 
 def test_a_server_without_a_folder_says_how_to_get_one(tiny_dir: Path) -> None:
@@ -215,7 +269,9 @@ def test_a_batch_outlives_its_server_and_loses_nothing(tiny_dir: Path, tmp_path:
         assert status == (0 if number == signal.SIGTERM else -signal.SIGKILL), log
     finally:
         first.kill()
-    written = read_answers(tmp_path / "batches" / f"{created.id}.answers")
+    answers_file = tmp_path / "batches" / f"{created.id}.answers"
+    texts = answers_file.read_bytes().splitlines(keepends=True)
+    written = {one["custom_id"]: one for one in map(json.loads, texts if texts[-1].endswith(b"\n") else texts[:-1])}
     assert 5 <= len(written) < 60
     with RunningServer(tiny_dir, ENGINE, served_model_name=["tiny"], batch_dir=str(tmp_path)) as server:
         client = server.client()
@@ -232,25 +288,20 @@ def test_a_batch_outlives_its_server_and_loses_nothing(tiny_dir: Path, tmp_path:
             Batches(server.service, tmp_path)
 
 
-def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "answers"
-    path.write_text('{"custom_id": "a"}\n{"custom_id": "b"')
-    assert list(read_answers(path)) == ["a"]
-    assert path.read_text() == '{"custom_id": "a"}\n'
-    assert read_answers(tmp_path / "none") == {}
-
-
 def test_lines_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "asks"
     path.write_text(line("a", prompt="x" * 500))
     monkeypatch.setattr("fastserve.server.batches.MAX_LINE_BYTES", 100)
-    with pytest.raises(BadFile, match="more than 100 bytes"):
-        read_requests(path, "/v1/completions")
+
+    def problems() -> list[tuple[int, str]]:
+        with path.open("rb") as source:
+            return [(one["line"], one["code"]) for one in check_requests(source, "/v1/completions")[1]]
+
+    assert problems() == [(1, "line_too_long")]
     monkeypatch.setattr("fastserve.server.batches.MAX_LINE_BYTES", 10_000)
     monkeypatch.setattr("fastserve.server.batches.MAX_REQUESTS", 1)
     path.write_text(line("a") + "\n" + line("b"))
-    with pytest.raises(BadFile, match="more than 1 requests"):
-        read_requests(path, "/v1/completions")
+    assert problems() == [(3, "too_many_requests")]
     monkeypatch.setattr("fastserve.server.files.MAX_FILES", 1)
     store = FileStore(tmp_path / "files")
     with path.open("rb") as source:

@@ -132,6 +132,17 @@ def test_a_batch_that_is_given_up_holds_nothing():
     assert harness.pool.num_used == 0
 
 
+def test_a_member_that_never_comes_keeps_nothing():
+    harness = Harness()
+    batch = Batch(harness, [[1] * 8 + [2], [1] * 8 + [3]])
+    batch.add_next()
+    harness.drain_until(lambda: not harness.running)
+    assert batch.held == [True]
+    harness.scheduler.give_up_prefix(batch.plan.prefix_of[batch.rest[0]], 1)
+    assert batch.held == [False]
+    assert harness.pool.num_used == 0
+
+
 @pytest.mark.parametrize("kv", KV_FACTORIES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())

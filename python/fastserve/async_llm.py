@@ -15,7 +15,7 @@ from typing import Any
 
 from fastserve.config import SamplingParams
 from fastserve.engine.load import LoadedEngine, load_engine
-from fastserve.errors import EngineDead, FastserveError
+from fastserve.errors import EngineDead, FastserveError, InvalidRequest
 from fastserve.outputs import RequestOutput
 from fastserve.request import SharedPrefix
 from fastserve.tokenizer import Tokenizer
@@ -70,13 +70,18 @@ class AsyncLLM:
         FINAL_ONLY there is one. Text never ends in half a character and never holds a stop string or what follows
         it. Leaving the loop early, or cancelling the task, aborts the request and frees its blocks. `index` and
         `shared_prefix` are those of a batch that was planned (`Engine.add_request`); `end_batch` must follow. Raises
-        InvalidRequest, QueueFull or EngineDead.
+        InvalidRequest (which gives up the place in the batch), QueueFull or EngineDead.
         """
         params = sampling_params or self._loaded.default_sampling_params()
-        # Tokenising a long text or compiling a grammar takes a while and needs no lock: not on the event loop.
-        ready = await asyncio.to_thread(self._loaded.prompt, prompt)
-        if params.structured_outputs is not None:
-            await asyncio.to_thread(self._loaded.check_structure, params)
+        try:
+            # Tokenising a long text or compiling a grammar takes a while and needs no lock: not on the event loop.
+            ready = await asyncio.to_thread(self._loaded.prompt, prompt)
+            if params.structured_outputs is not None:
+                await asyncio.to_thread(self._loaded.check_structure, params)
+        except InvalidRequest:
+            if (prefix := shared_prefix) is not None:
+                self._command(lambda: self._loaded.engine.scheduler.give_up_prefix(prefix, params.n))
+            raise
         stream = _Stream(request_id or f"async-{next(self._ids)}", asyncio.get_running_loop())
 
         def add() -> None:

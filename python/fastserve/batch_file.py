@@ -26,6 +26,7 @@ from fastserve.errors import FastserveError, InvalidRequest
 
 MAX_LINE_BYTES = 8 * 2**20
 MAX_CUSTOM_ID_CHARS = 512
+ID_PREFIX = "batch_req_"  # of results
 _FIELDS = ("custom_id", "method", "url", "body")
 _CHUNK = 2**20
 
@@ -118,7 +119,7 @@ def result_line(
     request_id: str,
     body: dict[str, Any] | None,
     error: dict[str, Any] | None = None,
-    id_prefix: str = "batch_req_",
+    id_prefix: str = ID_PREFIX,
 ) -> bytes:
     """A line of results with its line break. `status` None: there is no response."""
     response = None if status is None else {"status_code": status, "request_id": request_id, "body": body}
@@ -237,3 +238,18 @@ class ResultsFile:
                 self.done.add(batch_line, custom_id, failed)
                 end += len(text)
         return end
+
+
+def results_in_order(path: Path, *, failed: bool) -> Iterator[bytes]:
+    """The results of lines that failed, or of the others, in the order of the batch. Not while the file is written."""
+    places = []  # (number of the line, where its result begins)
+    with path.open("rb") as results:
+        offset = 0
+        for text in results:
+            line = json.loads(text)
+            if (line["error"] is not None) == failed:
+                places.append((int(line["id"].rpartition("_")[2]), offset))
+            offset += len(text)
+        for _, offset in sorted(places):
+            results.seek(offset)
+            yield results.readline()

@@ -12,9 +12,9 @@ lines share is computed once, and gives their finished outputs to `take`:
             job.take(prompt, output)
             job.sync()   # its line is on the disk
 
-`fastserve.run_batch` does this on an LLM; a server does it on an AsyncLLM, whose `generate` takes the same arguments.
-Calls must not overlap, but may come from different threads. When the job ends early, `prefixes()` go to
-`Engine.end_batch`.
+`fastserve.run_batch` does this on an LLM, `fastserve.server.batch_run` on an engine that answers clients too. Calls
+must not overlap, but may come from different threads. A prompt that the engine refuses goes to `fail`. When the job
+ends early, `prefixes()` go to `Engine.end_batch`.
 
 Memory is bounded by a window of lines (WINDOW_TOKENS), not by the file: two windows are there at a time, the one that
 runs and the one that is read ahead by a thread. Only token ids are kept; a line's text is read again for its answer.
@@ -34,6 +34,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 from fastserve.batch_file import (
+    ID_PREFIX,
     MAX_LINE_BYTES,
     BadLine,
     RawLine,
@@ -111,8 +112,9 @@ class _Window:
 class BatchJob:
     """See the module. `source` is a regular file, opened to read bytes; `results` is closed with the job.
 
-    `model_names` are what the field `model` of a body may be. `tool_format` is that of `fastserve serve`. Raises
-    FastserveError, from `next`, for what is wrong with the file as a whole.
+    `model_names` are what the field `model` of a body may be. `tool_format` is that of `fastserve serve`. `id_prefix`
+    begins the ids of results and, unless it is the usual one, makes the seeds of lines without a seed those of this
+    batch alone. Raises FastserveError, from `next`, for what is wrong with the file as a whole.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class BatchJob:
         model_names: Sequence[str],
         *,
         tool_format: str | None = None,
-        id_prefix: str = "batch_req_",
+        id_prefix: str = ID_PREFIX,
         max_line_bytes: int = MAX_LINE_BYTES,
         window_tokens: int = WINDOW_TOKENS,
     ) -> None:
@@ -286,13 +288,14 @@ class BatchJob:
         self._loaded.check_structure(job.params)
         params = replace(job.params, output_kind=RequestOutputKind.FINAL_ONLY)
         line = _Line(raw, custom_id, len(job.prompts))
+        index: int | str = raw.index if self._id_prefix == ID_PREFIX else f"{self._id_prefix}{raw.index}"
         return [
             BatchPrompt(
                 array("i", prompt.token_ids),
                 params,
                 request.priority,
                 request.cache_salt or "",
-                raw.index if place == 0 else f"{raw.index}.{place}",
+                index if place == 0 else f"{index}.{place}",
                 None,
                 line,
                 place,

@@ -1,41 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches: files of requests that are answered beside the requests of clients, one batch after another.
 
-Each answer is appended to the batch's own file as soon as it is there. Whatever ends the process, the next one that
-uses the same folder goes on where this one stopped: answers that were written are not computed again, none is lost.
+Each is a `BatchJob`, as `fastserve run-batch` runs it: planned for shared prefixes, its answers appended to a file of
+its own as soon as they are there. Whatever ends the process, the next one that uses the same folder goes on where this
+one stopped: answers that were written are not computed again, none is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import json
 import logging
-import os
 import re
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from fastserve.errors import EngineDead, FastserveError, InvalidRequest, QueueFull
-from fastserve.server.answers import whole_answer
-from fastserve.server.errors import ApiError, as_api_error
+from fastserve.batch_file import (
+    MAX_LINE_BYTES,
+    BadLine,
+    ResultsFile,
+    id_hash,
+    parse_line,
+    read_lines,
+    results_in_order,
+)
+from fastserve.batch_job import BatchCounts, BatchJob
+from fastserve.errors import EngineDead, FastserveError
+from fastserve.server.batch_run import run_batch
+from fastserve.server.errors import ApiError
 from fastserve.server.files import FileStore, write_whole
-from fastserve.server.protocol import REQUESTS, ChatCompletionRequest, parse_request
+from fastserve.server.protocol import REQUESTS
 from fastserve.server.service import Service
 
 log = logging.getLogger("fastserve.server")
 
 MAX_REQUESTS = 50_000  # of one batch
-MAX_LINE_BYTES = 8 * 2**20
 MAX_OPEN = 256  # batches that have not ended
 MAX_ERRORS = 100  # that are told of a file which cannot be used
 WINDOW_S = 24 * 3600
-SYNC_S = 1.0  # at most so much work is lost when the machine (not only the process) fails
+WINDOW_TOKENS = 2**20  # prompts that are read and planned together; nothing of them runs before
 _ID = re.compile(r"batch_[0-9a-f]{32}")
 ENDED = ("completed", "failed", "cancelled", "expired")
 
@@ -180,128 +188,84 @@ class Batches:
     async def _answer_all(self, batch: Batch) -> None:
         """From whatever state a batch is in to its end."""
         try:
-            asked = await asyncio.to_thread(read_requests, self.files.path(batch.input_file_id), batch.endpoint)
+            source = await asyncio.to_thread(self._input, batch)
         except ApiError as error:  # the file was deleted
             self._fail(batch, [_problem("file_not_found", error.message, None)])
             return
-        except BadFile as error:
-            self._fail(batch, error.problems)
-            return
-        path = self._answers_path(batch)
-        done = await asyncio.to_thread(read_answers, path)
-        batch.request_counts = {"total": len(asked), "completed": 0, "failed": 0}
-        for line in done.values():
-            self._count(batch, line)
-        if batch.status == "validating":
-            batch.status, batch.in_progress_at = "in_progress", int(time.time())
-            self._save(batch)
-        end = "cancelled" if batch.status == "cancelling" else "completed"
-        if batch.status == "in_progress":
-            left = [(custom_id, body) for custom_id, body in asked.items() if custom_id not in done]
-            with path.open("a", encoding="utf-8") as out:
-                work = asyncio.ensure_future(self._answer(batch, left, out, done))
-                self._current = batch.id, work
-                try:
-                    await asyncio.wait_for(work, max(0.0, batch.expires_at - time.time()))
-                except asyncio.TimeoutError:
-                    end = "expired"
-                except asyncio.CancelledError:
-                    if self._stopping:
-                        raise
-                    end = "cancelled"
-                finally:
-                    self._current = None
-                    out.flush()
-                    os.fsync(out.fileno())
-        await self._finish(batch, asked, done, end)
+        with source:
+            if batch.status == "validating":
+                num_requests, problems = await asyncio.to_thread(check_requests, source, batch.endpoint)
+                if problems:
+                    self._fail(batch, problems)
+                    return
+                batch.request_counts["total"] = num_requests
+                batch.status, batch.in_progress_at = "in_progress", int(time.time())
+                self._save(batch)
+            end = "cancelled" if batch.status == "cancelling" else "completed"
+            if batch.status == "in_progress":
+                end = await self._run(batch, source)
+        await self._finish(batch, end)
 
-    async def _answer(
-        self, batch: Batch, left: list[tuple[str, Any]], out: TextIO, done: dict[str, dict[str, Any]]
-    ) -> None:
-        """Answers what is left, some at a time, and appends each answer to `out`."""
-        todo = iter(left)
-        synced = time.monotonic()
+    def _input(self, batch: Batch) -> BinaryIO:
+        return self.files.path(batch.input_file_id).open("rb")
 
-        async def worker() -> None:
-            nonlocal synced
-            for custom_id, body in todo:
-                line = await self._answer_one(batch.endpoint, custom_id, body)
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-                out.flush()  # from here on it outlives this process
-                done[custom_id] = line
-                self._count(batch, line)
-                if time.monotonic() - synced > SYNC_S:
-                    synced = time.monotonic()
-                    await asyncio.to_thread(os.fsync, out.fileno())
+    async def _run(self, batch: Batch, source: BinaryIO) -> str:
+        """Answers what has no answer yet; how that ended."""
 
-        num = max(1, self._service.llm.loaded.config.max_num_seqs // 2)
-        workers = [asyncio.ensure_future(worker()) for _ in range(min(num, len(left)))]
+        def progress(counts: BatchCounts) -> None:
+            batch.request_counts |= {"completed": counts.completed, "failed": counts.failed}
+
+        job = await asyncio.to_thread(self._job, batch, source)
+        work = asyncio.ensure_future(run_batch(self._service, job, progress))
+        self._current = batch.id, work
         try:
-            await asyncio.gather(*workers)
+            await asyncio.wait_for(work, max(0.0, batch.expires_at - time.time()))
+        except asyncio.TimeoutError:
+            return "expired"
+        except asyncio.CancelledError:
+            if self._stopping:
+                raise
+            return "cancelled"
         finally:
-            for one in workers:
-                one.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            self._current = None
+        return "completed"
 
-    async def _answer_one(self, endpoint: str, custom_id: str, body: Any) -> dict[str, Any]:
-        """A line of the answers' file. What is wrong with the request is part of it, never raised."""
-        status, answer = 200, None
-        try:
-            answer = await self._generate(endpoint, body)
-        except EngineDead:
-            raise
-        except Exception as error:
-            told = as_api_error(error)
-            status, answer = told.status, told.body()
-        request_id = uuid.uuid4().hex
-        response = {"status_code": status, "request_id": request_id, "body": answer}
-        return {"id": f"batch_req_{request_id}", "custom_id": custom_id, "response": response, "error": None}
-
-    async def _generate(self, endpoint: str, body: Any) -> dict[str, Any]:
+    def _job(self, batch: Batch, source: BinaryIO) -> BatchJob:
         service = self._service
-        request = parse_request(endpoint, body)
-        if request.stream:
-            raise InvalidRequest("stream is not allowed in a batch")
-        service.check_model(request.model)
-        while True:
-            try:
-                arrival_s = time.monotonic()
-                if isinstance(request, ChatCompletionRequest):
-                    job = await service.chat_job(request, arrival_s)
-                else:
-                    job = await service.completion_job(request, arrival_s)
-                outputs = {}
-                async with contextlib.aclosing(service.run(job)) as made:
-                    async for index, output in made:
-                        outputs[index] = output
-                finished = [outputs[i] for i in range(len(outputs))]
-                model = request.model or service.model_names[0]
-                answer = whole_answer(request, finished, model, service.tokenizer, service.tool_format)
-                return answer.model_dump(mode="json")
-            except QueueFull:
-                await asyncio.sleep(0.5)  # clients go first
+        return BatchJob(
+            service.llm.loaded,
+            source,
+            ResultsFile(self._answers_path(batch), resume=True),
+            service.model_names,
+            tool_format=service.tool_format,
+            id_prefix=f"batch_req_{batch.id.removeprefix('batch_')}_",
+            window_tokens=WINDOW_TOKENS,
+        )
 
-    @staticmethod
-    def _count(batch: Batch, line: dict[str, Any]) -> None:
-        batch.request_counts["completed" if line["response"]["status_code"] == 200 else "failed"] += 1
+    def _count(self, batch: Batch) -> None:
+        results = ResultsFile(self._answers_path(batch), resume=True)
+        results.close()
+        num_failed = results.done.num_failed
+        batch.request_counts |= {"completed": results.done.num_done - num_failed, "failed": num_failed}
 
-    async def _finish(self, batch: Batch, asked: dict[str, Any], done: dict[str, dict[str, Any]], end: str) -> None:
+    async def _finish(self, batch: Batch, end: str) -> None:
         """Makes files of the answers, in the order of the requests."""
         if end == "completed":
             batch.status, batch.finalizing_at = "finalizing", int(time.time())
-        lines = [done[custom_id] for custom_id in asked if custom_id in done]
+        answers = self._answers_path(batch)
+        await asyncio.to_thread(self._count, batch)
         for name in ("output", "error"):
-            chosen = [line for line in lines if (line["response"]["status_code"] == 200) == (name == "output")]
-            if chosen and getattr(batch, f"{name}_file_id") is None:
-                texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in chosen)
-                filename = f"{batch.id}_{name}.jsonl"
-                about = await asyncio.to_thread(self.files.add_lines, texts, filename, "batch_output")
+            if batch.request_counts["completed" if name == "output" else "failed"] == 0:
+                continue
+            if getattr(batch, f"{name}_file_id") is None:
+                lines = results_in_order(answers, failed=name == "error")
+                about = await asyncio.to_thread(self.files.add_lines, lines, f"{batch.id}_{name}.jsonl", "batch_output")
                 setattr(batch, f"{name}_file_id", about["id"])
                 self._save(batch)
         batch.status = end
         setattr(batch, f"{end}_at", int(time.time()))
         self._save(batch)
-        self._answers_path(batch).unlink(missing_ok=True)
+        answers.unlink(missing_ok=True)
 
     def _fail(self, batch: Batch, problems: list[dict[str, Any]]) -> None:
         batch.status, batch.failed_at = "failed", int(time.time())
@@ -309,70 +273,33 @@ class Batches:
         self._save(batch)
 
 
-class BadFile(Exception):
-    """A file that is no batch of requests; `problems` are the API's errors, with their lines."""
-
-    def __init__(self, problems: list[dict[str, Any]]) -> None:
-        super().__init__(problems[0]["message"])
-        self.problems = problems
-
-
 def _problem(code: str, message: str, line: int | None) -> dict[str, Any]:
     return {"code": code, "message": message, "param": None, "line": line}
 
 
-def read_requests(path: Path, endpoint: str) -> dict[str, Any]:
-    """The bodies of a file of requests by their custom ids, in order. Raises BadFile with all that is wrong."""
-    asked: dict[str, Any] = {}
+def check_requests(source: BinaryIO, endpoint: str) -> tuple[int, list[dict[str, Any]]]:
+    """The number of requests in a file, and the API's errors of all that makes it no batch. Leaves it at its beginning.
+
+    What the bodies say is not looked at: a request that cannot be answered is an answer of its own.
+    """
     problems: list[dict[str, Any]] = []
-    with path.open("rb") as lines:
-        number = 0
-        while (line := lines.readline(MAX_LINE_BYTES + 1)) and len(problems) < MAX_ERRORS:
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                problems.append(_problem("line_too_long", f"a line has more than {MAX_LINE_BYTES} bytes", number))
+    seen: set[int] = set()
+    for raw in read_lines(source, MAX_LINE_BYTES):
+        try:
+            if len(problems) >= MAX_ERRORS:
                 break
-            if not line.strip():
-                continue
-            try:
-                given = json.loads(line)
-                custom_id, method, url, body = (given[name] for name in ("custom_id", "method", "url", "body"))
-            except (ValueError, LookupError, TypeError, RecursionError):
-                message = "the line must be a JSON object with custom_id, method, url and body"
-                problems.append(_problem("invalid_json_line", message, number))
-                continue
-            if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= 512:
-                problems.append(
-                    _problem("invalid_custom_id", "custom_id must be a text of 1 to 512 characters", number)
-                )
-            elif custom_id in asked:
-                problems.append(_problem("duplicate_custom_id", f"custom_id {custom_id[:80]!r} came before", number))
-            elif (method, url) != ("POST", endpoint):
-                problems.append(_problem("mismatched_url", f"method and url must be POST and {endpoint}", number))
-            elif len(asked) == MAX_REQUESTS:
-                problems.append(_problem("too_many_requests", f"more than {MAX_REQUESTS} requests", number))
+            if raw.index >= MAX_REQUESTS:
+                problems.append(_problem("too_many_requests", f"more than {MAX_REQUESTS} requests", raw.number))
                 break
-            else:
-                asked[custom_id] = body
-    if not asked and not problems:
+            line = parse_line(raw.text, MAX_LINE_BYTES)
+            if line.url != endpoint:
+                raise BadLine("mismatched_url", f"url must be {endpoint}, as the batch's endpoint is")
+            if (digest := id_hash(line.custom_id)) in seen:
+                raise BadLine("duplicate_custom_id", f"custom_id {line.custom_id!r:.100} came before")
+            seen.add(digest)
+        except BadLine as error:
+            problems.append(_problem(error.code, str(error), raw.number))
+    if not seen and not problems:
         problems.append(_problem("empty_file", "the file holds no request", None))
-    if problems:
-        raise BadFile(problems)
-    return asked
-
-
-def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """The answers that were written so far, by custom id. A last line that is not whole is cut off."""
-    done: dict[str, dict[str, Any]] = {}
-    if not path.exists():
-        return done
-    with path.open("r+b") as lines:
-        whole = 0
-        for line in lines:
-            if not line.endswith(b"\n"):
-                break
-            answer = json.loads(line)
-            done[answer["custom_id"]] = answer
-            whole += len(line)
-        lines.truncate(whole)
-    return done
+    source.seek(0)
+    return len(seen), problems

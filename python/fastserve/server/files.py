@@ -80,13 +80,12 @@ class FileStore:
         write_whole(self._folder / f"{file_id}.json", json.dumps(about).encode("ascii"))
         return about
 
-    def add_lines(self, lines: Iterable[str], filename: str, purpose: str) -> dict[str, Any]:
+    def add_lines(self, lines: Iterable[bytes], filename: str, purpose: str) -> dict[str, Any]:
         """Keeps lines, each with its line break, without holding them all in memory."""
         import tempfile
 
         with tempfile.TemporaryFile(dir=self._folder) as held:
-            for line in lines:
-                held.write(line.encode("utf-8"))
+            held.writelines(lines)
             held.seek(0)
             return self.add(held, filename, purpose)
 

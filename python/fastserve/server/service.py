@@ -9,6 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
 
 from fastserve.async_llm import AsyncLLM
 from fastserve.config import SamplingParams
@@ -21,6 +22,9 @@ from fastserve.server.metrics import Metrics
 from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from fastserve.server.tool_calls import format_of_template
 from fastserve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastserve.batch_job import BatchPrompt
 
 log = logging.getLogger("fastserve.server")
 
@@ -85,6 +89,9 @@ class Service:
         if num_waiting + num_sequences > limit:
             self.metrics.refused.inc()
             raise QueueFull(f"{num_waiting} requests are waiting, at most {limit} may; try again later")
+        self._open(num_sequences)
+
+    def _open(self, num_sequences: int) -> None:
         self.num_open += num_sequences
         self._idle.clear()
 
@@ -170,40 +177,63 @@ class Service:
 
     async def _run_one(self, job: Job, prompt: Prompt) -> AsyncGenerator[RequestOutput, None]:
         request = job.request
-        account = _Account(f"{'chat' if isinstance(request, ChatCompletionRequest) else 'cmpl'}-{next(self._ids)}", job)
-        stream = self.llm.generate(
-            {"prompt_token_ids": prompt.token_ids},
-            job.params,
-            account.request_id,
-            priority=request.priority,
-            cache_salt=request.cache_salt or "",
-        )
+        kind = "chat" if isinstance(request, ChatCompletionRequest) else "cmpl"
+        account = _Account(f"{kind}-{next(self._ids)}", job.params, job.arrival_s)
+        how = {"priority": request.priority, "cache_salt": request.cache_salt or ""}
+        async with contextlib.aclosing(self._accounted(account, prompt.token_ids, job.params, how)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise FastserveError(f"the request failed: {str(output.error)[:300]}") from output.error
+                yield output
+
+    async def generate_for_batch(self, prompt: BatchPrompt) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of a prompt of a batch; an error of its own is told in the output. Raises QueueFull,
+        InvalidRequest, EngineDead."""
+        account = _Account(f"batch-{next(self._ids)}", prompt.params, time.monotonic())
+        how = {
+            "priority": prompt.priority,
+            "cache_salt": prompt.cache_salt,
+            "index": prompt.index,
+            "shared_prefix": prompt.shared_prefix,
+        }
+        self._open(prompt.params.n)
+        try:
+            outputs = self._accounted(account, list(prompt.token_ids), prompt.params, how)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield output
+        finally:
+            self.release(prompt.params.n)
+
+    async def _accounted(
+        self, account: _Account, token_ids: list[int], params: SamplingParams, how: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        stream = self.llm.generate({"prompt_token_ids": token_ids}, params, account.request_id, **how)
         try:
             async with contextlib.aclosing(stream):  # type: ignore[type-var]
                 async for output in stream:
                     account.take(output, self.metrics)
-                    if output.error is not None:
-                        raise FastserveError(f"the request failed: {str(output.error)[:300]}") from output.error
                     yield output
         except (asyncio.CancelledError, GeneratorExit):
             account.reason = "abort"
             raise
         except BaseException as error:
-            account.reason = "error"
             account.error = error
             raise
         finally:
-            account.close(len(prompt.token_ids), self.metrics)
+            if not isinstance(account.error, QueueFull):  # such a request never began
+                account.close(len(token_ids), self.metrics)
 
 
 class _Account:
     """What the log and the metrics say about one prompt's generation. All times are of one monotonic clock."""
 
-    def __init__(self, request_id: str, job: Job) -> None:
+    def __init__(self, request_id: str, params: SamplingParams, arrival_s: float) -> None:
         self.request_id = request_id
         self.reason: str | None = None
         self.error: BaseException | None = None
-        self._job = job
+        self._params = params
+        self._arrival_s = arrival_s
         self._num_output = 0
         self._last_s: float | None = None
         self._first_s: float | None = None
@@ -212,13 +242,14 @@ class _Account:
     def take(self, output: RequestOutput, metrics: Metrics) -> None:
         now = time.monotonic()
         self._output = output
+        self.error = output.error
         num_new = sum(len(completion.token_ids) for completion in output.outputs)
         self._num_output += num_new
         if num_new:
             if self._first_s is None:
                 first_s = None if output.metrics is None else output.metrics.first_token_s
                 self._first_s = now if first_s is None else first_s
-                metrics.time_to_first_token.observe(max(0.0, self._first_s - self._job.arrival_s))
+                metrics.time_to_first_token.observe(max(0.0, self._first_s - self._arrival_s))
             elif self._last_s is not None:
                 metrics.inter_token_latency.observe(now - self._last_s)
             self._last_s = now
@@ -227,10 +258,11 @@ class _Account:
                 self.reason = completion.finish_reason
 
     def close(self, num_prompt: int, metrics: Metrics) -> None:
-        now, reason = time.monotonic(), self.reason or "abort"
-        self.reason = reason
-        total_s = now - self._job.arrival_s
-        ttft = "-" if self._first_s is None else f"{self._first_s - self._job.arrival_s:.3f}s"
+        now, reason = time.monotonic(), "abort" if self.reason is None else self.reason
+        if self.error is not None:
+            reason = "error"
+        total_s = now - self._arrival_s
+        ttft = "-" if self._first_s is None else f"{self._first_s - self._arrival_s:.3f}s"
         cached = 0 if self._output is None else self._output.num_cached_tokens or 0
         level = logging.WARNING if reason == "error" else logging.INFO
         cause = "" if self.error is None else f" error={str(self.error)[:200]!r}"
@@ -241,5 +273,5 @@ class _Account:
         )  # fmt: skip
         times = None if self._output is None else self._output.metrics
         metrics.request_finished(
-            reason, self._job.params, num_prompt, cached, self._num_output, total_s, self._first_s, times, now
+            reason, self._params, num_prompt, cached, self._num_output, total_s, self._first_s, times, now
         )
