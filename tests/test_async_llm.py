@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,19 @@ def test_a_dead_engine_tells_every_stream_and_its_health(engine: AsyncLLM, monke
             await engine.check_health()
 
     asyncio.run(run())
+
+
+def test_an_engine_that_was_long_idle_is_healthy_while_it_wakes(engine: AsyncLLM) -> None:
+    while not engine._asleep:
+        time.sleep(0.001)
+    engine._beat -= 1000
+    with engine._wake:  # it cannot wake yet
+        engine._command(lambda: None)
+        asyncio.run(engine.check_health(10))
+        engine._beat -= 1000
+        engine._command(lambda: None)  # more work does not make up for a thread that does not come
+        with pytest.raises(EngineDead, match="in one step"):
+            asyncio.run(engine.check_health(10))
 
 
 def test_an_idle_engine_takes_no_steps(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,9 +127,11 @@ def test_a_step_that_hangs_turns_health_to_503(server: RunningServer) -> None:
     server.service._max_step_s = 0.05
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(complete, server)
-        server.wait_until(lambda: server.get("/health").status_code == 503)
-        assert "in one step" in server.get("/health").json()["error"]["message"]
-        go.set()
+        try:
+            server.wait_until(lambda: server.get("/health").status_code == 503)
+            assert "in one step" in server.get("/health").json()["error"]["message"]
+        finally:
+            go.set()
         assert waiting.result().status_code == 200
     assert server.get("/health").status_code == 200
 

@@ -48,7 +48,8 @@ class AsyncLLM:
         self._wake = threading.Condition()
         self._closing = False
         self._death: BaseException | None = None
-        self._beat = time.monotonic()  # when the engine thread last began a step, or went to sleep
+        self._beat = time.monotonic()  # when the engine thread last began a step, or was woken for one
+        self._asleep = False
         self.on_death: Callable[[BaseException], None] | None = None  # called by the engine thread, once
         self._thread = threading.Thread(target=self._run, name="fastserve-engine", daemon=True)
         self._thread.start()
@@ -170,6 +171,8 @@ class AsyncLLM:
         with self._wake:
             self._check_alive()
             self._commands.append(command)
+            if self._asleep:
+                self._asleep, self._beat = False, time.monotonic()
             self._wake.notify()
 
     def _abort(self, stream: _Stream | None) -> None:
@@ -200,7 +203,9 @@ class AsyncLLM:
         engine = self._loaded.engine
         with self._wake:
             while not (self._commands or engine.has_work or self._closing):
+                self._asleep = True
                 self._wake.wait()
+            self._asleep = False
             return not self._closing
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
