@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from prefix_analysis import analysis_figures
 
 from fastserve import LLM, SamplingParams, _native
 from fastserve.doctor import cpu_name
@@ -118,32 +118,6 @@ def make_prompts(ids: list[int], given: argparse.Namespace) -> list[list[int]]:
         head = [100 + group, *(ids * 8)[start : start + given.shared - 1]]
         prompts.append([*head, 1000 + member, *ids[own : own + given.own - 1]])
     return prompts
-
-
-def analysis_figures(num_prompts: int = 10_000, length: int = 1_000) -> None:
-    random_ids = np.random.default_rng(0)
-    for name, num_groups, shared in (
-        ("100 groups", 100, 800),
-        ("one group", 1, 990),
-        ("nothing shared", num_prompts, 0),
-    ):
-        heads = random_ids.integers(0, 50_000, (num_groups, length), dtype=np.int32)
-        tokens = heads[random_ids.permutation(np.arange(num_prompts) % num_groups)]
-        tokens[:, shared:] = random_ids.integers(0, 50_000, (num_prompts, length - shared))
-        flat, starts = tokens.reshape(-1), np.arange(num_prompts + 1) * length
-        begin = time.process_time()
-        analysis = _native.PrefixAnalysis(flat, starts, block_size=32)
-        native = time.process_time() - begin
-        lists = tokens.tolist()
-        params = [SamplingParams()] * num_prompts
-        begin = time.process_time()
-        plan_prefixes(lists, params, 32)
-        whole = time.process_time() - begin
-        saved = 1 - analysis.num_computed / analysis.num_tokens
-        print(
-            f"analysis of {num_prompts} prompts of {length} tokens, {name}: {native * 1e3:.0f} ms, "
-            f"{whole * 1e3:.0f} ms from Python lists; {saved:.1%} saved"
-        )
 
 
 if __name__ == "__main__":
