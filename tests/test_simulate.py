@@ -21,7 +21,7 @@ from fastserve.errors import InvalidRequest
 from fastserve.simulate.budget import choose_budget
 from fastserve.simulate.cost import CostModel
 from fastserve.simulate.hardware import GPUS, MODELS, find_gpu, find_model
-from fastserve.simulate.report import percentiles, summarize, table
+from fastserve.simulate.report import percentiles, summarize, table, write_trace
 from fastserve.simulate.simulation import simulate
 from fastserve.simulate.workload import Arrival, Synthetic, parse_lengths, read_trace
 
@@ -253,10 +253,22 @@ def test_the_command_writes_a_summary_and_a_timeline(tmp_path: Path, capsys: pyt
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     steps = [event for event in trace if event["ph"] == "X"]
     assert len(steps) == printed["steps"]
-    for before, after in pairwise(steps):
-        assert before["ts"] + before["dur"] <= after["ts"] + 0.01
+    assert all(type(event["ts"]) is int for event in trace if "ts" in event)
+    for before, after in pairwise(steps):  # a viewer drops a step that overlaps the one before by a nanosecond
+        assert before["ts"] + before["dur"] <= after["ts"]
     assert sum(event["ph"] == "b" for event in trace) == sum(event["ph"] == "e" for event in trace) == 3 * 20
     assert max(event["args"]["used"] for event in trace if event["name"] == "memory %") > 0
+
+
+def test_a_long_timeline_is_cut_and_says_so(tmp_path: Path) -> None:
+    config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=4, block_size=4, num_blocks=100)
+    run = simulate(Synthetic(20, "9", "5-9").arrivals(), A6000_13B, config)
+    write_trace(run, tmp_path / "trace.json", max_steps=12)
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in trace) == 12
+    assert trace[-1]["name"] == f"{len(run.steps) - 12} more steps are left out"
+    assert max(event.get("ts", 0.0) for event in trace) == trace[-1]["ts"]
+    assert any(event["ph"] == "e" for event in trace)
 
 
 def test_plots_are_written_or_their_absence_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

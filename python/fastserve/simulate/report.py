@@ -122,28 +122,34 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def write_trace(run: Simulation, path: Path, max_requests: int = 2000) -> None:
-    """The timeline in the Trace Event Format (JSON): each step, counters of batch and memory, and the first
-    `max_requests` requests with their time in the queue, to the first token, and to the last."""
+def write_trace(run: Simulation, path: Path, max_steps: int = 100_000, max_requests: int = 2000) -> None:
+    """The timeline in the Trace Event Format (JSON): the first `max_steps` steps, counters of batch and memory, and the
+    requests that ended first, with their time in the queue, to the first token, and to the last. 650 bytes a step:
+    viewers hold a timeline in memory."""
     with open(path, "w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
         for number, name in ((1, "engine"), (2, "requests")):
             _event(file, {"ph": "M", "pid": number, "name": "process_name", "args": {"name": name}})
-        _write_steps(run, file)
-        _write_requests(run, file, max_requests)
-        end = {"ph": "i", "pid": 1, "tid": 1, "s": "g", "name": "end", "ts": run.makespan_s * MICROSECONDS}
+        _event(file, {"ph": "M", "pid": 1, "tid": 1, "name": "thread_name", "args": {"name": "steps"}})
+        num_steps = min(len(run.steps), max_steps)
+        _write_steps(run, file, num_steps)
+        whole = num_steps == len(run.steps)
+        until = run.makespan_s if whole else run.steps.begin_s[num_steps]
+        _write_requests(run, file, max_requests, until)
+        name = "end" if whole else f"{len(run.steps) - num_steps} more steps are left out"
+        end = {"ph": "i", "pid": 1, "tid": 1, "s": "t", "name": name, "ts": _whole(until)}
         file.write(json.dumps(end) + "\n]}\n")
 
 
-def _write_steps(run: Simulation, file: TextIO) -> None:
+def _write_steps(run: Simulation, file: TextIO, num_steps: int) -> None:
     steps = run.steps
-    for i in range(len(steps)):
-        at = round(steps.begin_s[i] * MICROSECONDS, 3)
+    for i in range(num_steps):
+        at = _whole(steps.begin_s[i])
         arguments = {f"{name}_us": round(getattr(steps, f"{name}_s")[i] * MICROSECONDS, 1) for name in COSTS}
         arguments |= {"tokens": steps.num_tokens[i], "preempted": steps.num_preempted[i]}
         name = f"{steps.num_decodes[i]} decodes + {steps.num_chunks[i]} chunks"
         step = {"ph": "X", "pid": 1, "tid": 1, "name": name, "ts": at, "args": arguments}
-        _event(file, step | {"dur": round(steps.seconds[i] * MICROSECONDS, 3)})
+        _event(file, step | {"dur": _whole(steps.begin_s[i] + steps.seconds[i]) - at})
         decodes = steps.num_decodes[i]
         counters = {
             "tokens": {"decode": decodes, "prefill": steps.num_tokens[i] - decodes},
@@ -154,15 +160,22 @@ def _write_steps(run: Simulation, file: TextIO) -> None:
             _event(file, {"ph": "C", "pid": 1, "name": counter, "ts": at, "args": values})
 
 
-def _write_requests(run: Simulation, file: TextIO, max_requests: int) -> None:
+def _write_requests(run: Simulation, file: TextIO, max_requests: int, until: float) -> None:
     log = run.requests
     for i in range(min(len(log), max_requests)):
+        if log.last_token_s[i] > until:
+            break  # they are in the order in which they ended
         times: Sequence[float] = (log.arrival_s[i], log.first_scheduled_s[i], log.first_token_s[i], log.last_token_s[i])
         for phase, begin, end in zip(("queue", "prompt", "output"), times, times[1:], strict=False):
-            common = {"pid": 2, "tid": 1, "cat": "request", "id": i, "name": phase}
+            common = {"pid": 2, "tid": 1, "cat": "request", "id2": {"local": str(i)}, "name": phase}
             counts = {"prompt": log.prompt_tokens[i], "cached": log.cached_tokens[i], "output": log.output_tokens[i]}
-            _event(file, common | {"ph": "b", "ts": round(begin * MICROSECONDS, 3), "args": counts})
-            _event(file, common | {"ph": "e", "ts": round(end * MICROSECONDS, 3)})
+            _event(file, common | {"ph": "b", "ts": _whole(begin), "args": counts})
+            _event(file, common | {"ph": "e", "ts": _whole(end)})
+
+
+def _whole(seconds: float) -> int:
+    """Microseconds. With fractions one step overlaps the next by a rounding error, and viewers drop it."""
+    return round(seconds * MICROSECONDS)
 
 
 def _event(file: TextIO, event: dict[str, Any]) -> None:
