@@ -9,7 +9,6 @@ hash, and with it the tokens.
 import codecs
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 
 from fastserve.engine.scheduler import StepPlan
 from fastserve.outputs import SampledToken
@@ -93,7 +92,7 @@ class ScriptedDevice(FakeDevice):
             if request.params.prompt_logprobs is not None:
                 following = request.prompt_token_ids[item.start + 1 : item.start + item.num_new_tokens + 1]
                 prompt = tuple(self.with_logprobs(t, request.params.prompt_logprobs) for t in following)
-                token = SampledToken(None, prompt=prompt) if token is None else replace(token, prompt=prompt)
+                token = SampledToken(None, prompt=prompt) if token is None else token._replace(prompt=prompt)
             sampled.append(token)
         return sampled
 

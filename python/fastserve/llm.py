@@ -188,10 +188,13 @@ class LLM:
         self._inbox[request_id] = deque()
         return request_id
 
-    def _step(self) -> None:
-        """One engine step; each output goes to the call that waits for it, of which there may be several."""
-        for output in self.loaded.engine.step():
+    def _step(self) -> list[str]:
+        """One engine step; each output goes to the call that waits for it, of which there may be several. Returns the
+        ids of their requests."""
+        outputs = self.loaded.engine.step()
+        for output in outputs:
             self._inbox[output.request_id].append(output)
+        return [output.request_id for output in outputs]
 
     def _outputs_of(self, request_id: str) -> Iterator[RequestOutput]:
         inbox, finished = self._inbox[request_id], False
@@ -233,11 +236,11 @@ class LLM:
                     open_ids[request_id] = place
                     num_added += 1
                     place = next(places, -1)
-                self._step()
-                for request_id in [one for one in open_ids if self._inbox[one]]:
-                    output = self._inbox.pop(request_id).popleft()
-                    outputs[open_ids.pop(request_id)] = output
-                    progress.finished(output)
+                for request_id in self._step():
+                    if request_id in open_ids:
+                        output = self._inbox.pop(request_id).popleft()
+                        outputs[open_ids.pop(request_id)] = output
+                        progress.finished(output)
         finally:
             progress.close()
             for request_id in open_ids:

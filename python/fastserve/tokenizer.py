@@ -149,7 +149,7 @@ class Tokenizer:
         return self._decoder == "bytes"
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; only for a byte-level tokenizer."""
+        """The bytes a token stands for, none if there is no such token; only for a byte-level tokenizer."""
         found = self._bytes.get(token_id)
         if found is None:
             token = self.id_to_token(token_id) or ""
@@ -199,9 +199,7 @@ class IncrementalDetokenizer:
     # Byte level: tokens are runs of bytes, and the only state is an unfinished UTF-8 character.
 
     def _push_bytes(self, token_id: int) -> str:
-        if not self._counts(token_id):
-            return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        return "" if token_id in self._skip else self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def _flush_bytes(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -129,6 +129,7 @@ class BatchBuilder:
         )
         self.workspace = device.empty((0,), torch.float32)
         self.counters = device.upload(torch.zeros(0, dtype=torch.int32))
+        self._num_floats = self._num_counters = 0  # theirs
         self._generation = 0  # of the two: a recording holds their addresses
 
     def build(self, plan: StepPlan) -> Batch:
@@ -145,11 +146,13 @@ class BatchBuilder:
         num_floats = num_slots * config.num_heads * (config.head_dim + 2)
         num_floats += device.attention_workspace_floats(config.head_dim)
         num_counters = 2 + num_merges * config.num_kv_heads
-        if self.workspace.numel() < num_floats:
-            self.workspace = device.empty((2 * num_floats,), torch.float32)
+        if self._num_floats < num_floats:
+            self._num_floats = 2 * num_floats
+            self.workspace = device.empty((self._num_floats,), torch.float32)
             self._generation += 1
-        if self.counters.numel() < num_counters:
-            self.counters = device.upload(torch.zeros(2 * num_counters, dtype=torch.int32))
+        if self._num_counters < num_counters:
+            self._num_counters = 2 * num_counters
+            self.counters = device.upload(torch.zeros(self._num_counters, dtype=torch.int32))
             self._generation += 1
 
 
@@ -193,6 +196,7 @@ class StepBuffers:
         workspace_bytes = max(linear.workspace_bytes(max(max_num_tokens, max_logit_rows)) for linear in linears)
         self.workspace = device.empty((workspace_bytes,), torch.uint8).zero_()
         self._views: dict[int, StepViews] = {}
+        self._logit_views: dict[int, torch.Tensor] = {}  # torch takes up to 0.1 ms for a slice when caches are cold
 
     @property
     def num_bytes(self) -> int:
@@ -202,7 +206,9 @@ class StepBuffers:
     def float_logits(self, num_rows: int) -> torch.Tensor:
         """float32 [num_rows, vocab_size], what the head has written last; valid until the next call. Not for recorded
         work: it may be torch that widens them."""
-        logits = self.logits[:num_rows]
+        logits = self._logit_views.get(num_rows)
+        if logits is None:
+            logits = self._logit_views[num_rows] = self.logits[:num_rows]
         if self.head_out is not self.logits:
             logits.copy_(self.head_out[:num_rows])
         return logits

@@ -93,6 +93,9 @@ class Device(Protocol):
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the host, once all that was queued before has run."""
 
+    def reader(self, tensor: torch.Tensor) -> Callable[[], list[int]]:
+        """Something that fetches the int32 numbers of a tensor [N], for those who want them in every step."""
+
     def free_memory_bytes(self) -> int: ...
 
     def capture(self, arrays: _native.StepArrays, work: Callable[[], None]) -> Callable[[], None]:
@@ -120,6 +123,7 @@ class CpuDevice:
         self.ops = _native.ops
         self._memory = HugePages()
         self._staging = torch.empty(0, dtype=torch.int32)
+        self._staging_size = 0
 
     @property
     def attention_workers(self) -> int:
@@ -173,8 +177,9 @@ class CpuDevice:
         return tensor
 
     def stage(self, arrays: _native.StepArrays) -> torch.Tensor:
-        if self._staging.numel() < arrays.size:
-            self._staging = self.empty((2 * arrays.size,), torch.int32)
+        if self._staging_size < arrays.size:
+            self._staging_size = 2 * arrays.size
+            self._staging = self.empty((self._staging_size,), torch.int32)
         arrays.write(self._staging)
         return self._staging
 
@@ -185,6 +190,9 @@ class CpuDevice:
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def reader(self, tensor: torch.Tensor) -> Callable[[], list[int]]:
+        return memoryview(tensor.numpy()).tolist  # nothing of torch: its code is cold after a step
 
     def free_memory_bytes(self) -> int:
         return free_memory_bytes()
@@ -303,6 +311,9 @@ class CudaDevice:
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("cpu")
+
+    def reader(self, tensor: torch.Tensor) -> Callable[[], list[int]]:
+        return lambda: self.fetch(tensor).tolist()
 
     def free_memory_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]

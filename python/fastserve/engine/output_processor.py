@@ -89,7 +89,8 @@ class OutputProcessor:
     def push(self, item: StepItem, sampled: SampledToken) -> str | None:
         """Takes what the device gave one sequence; returns the stop string that now ends it, if one does."""
         completion = self._completions[item.request.request_id]
-        completion.push_prompt(item.start + 1, sampled.prompt)
+        if sampled.prompt:
+            completion.push_prompt(item.start + 1, sampled.prompt)
         if sampled.token_id is None:
             return None
         self._touched[completion.group.request_id] = completion.group
@@ -131,7 +132,7 @@ class _Group:
 
     @property
     def finished(self) -> bool:
-        return all(completion.request.finish_reason is not None for completion in self.completions)
+        return not any(completion.request.finish_reason is None for completion in self.completions)
 
     def output(self, now: float) -> RequestOutput | None:
         """What is to be told now, as output_kind says; None if that is nothing."""
@@ -232,7 +233,7 @@ class _Completion:
         return stop
 
     def _add_text(self, text: str) -> str | None:
-        armed = self.request.num_output_tokens > self.request.params.min_tokens
+        armed = self._stop.is_empty or self.request.num_output_tokens > self.request.params.min_tokens
         shown, stop = self._stop.push(text, armed)
         self._text += shown
         return stop

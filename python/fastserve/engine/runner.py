@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ class ModelRunner:
         dtype = self.device.weight_dtype(config.dtype, DTYPES[self.model_config.torch_dtype or "float32"])
         kv_dtype = self.device.kv_dtype(config.kv_cache_dtype, dtype)
         model_max_len = self.model_config.max_position_embeddings
-        with torch.inference_mode(), open_checkpoint(model_dir) as checkpoint:
+        with open_checkpoint(model_dir) as checkpoint:
             longest = min(config.max_model_len or model_max_len, model_max_len)
             precision = Precision.of(config, self.device, dtype)
             self.model = model_class(self.model_config, checkpoint, self.device, precision, longest, progress)
@@ -92,7 +91,6 @@ class ModelRunner:
     def max_model_len(self) -> int:
         return self.memory_plan.max_model_len
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[SampledToken | None]:
         """Compute the plan's tokens. Returns, per item, the sampled next token, or None where the item does not
         reach its request's last known token."""
@@ -117,7 +115,7 @@ class ModelRunner:
             if item.request.params.prompt_logprobs is not None:
                 prompt = self._prompt_logprobs(item, batch.row_starts[index], views)
                 if prompt:
-                    results[index] = replace(results[index] or SampledToken(None), prompt=prompt)
+                    results[index] = (results[index] or SampledToken(None))._replace(prompt=prompt)
         return results
 
     def _compute(self, batch: Batch, views: StepViews) -> None:

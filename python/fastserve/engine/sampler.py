@@ -104,6 +104,7 @@ class _Batch:
     bad_words: list[int] = field(default_factory=list)  # rows with params.bad_words
     banned: dict[int, list[int]] | None = None  # by row, the tokens that may not come now; None: not known
     logprobs: list[int] = field(default_factory=list)  # rows that ask for logprobs
+    read: Callable[[], list[int]] = list  # the tokens that the op has chosen
 
 
 def _is_penalised(params: SamplingParams) -> bool:
@@ -129,6 +130,7 @@ class Sampler:
         self._batch = _Batch()
         self._token_ids = device.empty((max_num_rows,), torch.int32)
         self._workspace = device.empty((0, 4 * vocab_size), torch.float32)
+        self._num_workers = 0  # that have a part in it
 
     def sample(self, logits: torch.Tensor, rows: Sequence[Request]) -> list[SampledToken]:
         """The next token of each request; `logits` [len(rows), V] float32 are those of its last token, unchanged."""
@@ -148,9 +150,8 @@ class Sampler:
             if banned != batch.banned:
                 self._list_bias(batch, banned)
 
-        chosen = self._token_ids[: len(rows)]
-        self._device.ops.sample(token_ids=chosen, logits=logits, workspace=self._workers_workspace(), **arguments)
-        token_ids: list[int] = self._device.fetch(chosen).tolist()
+        self._device.ops.sample(logits=logits, workspace=self._workers_workspace(), **arguments)
+        token_ids = batch.read()
         if not batch.logprobs:
             return [SampledToken(token_id) for token_id in token_ids]
         return self._with_logprobs(logits, token_ids, batch)
@@ -179,6 +180,8 @@ class Sampler:
         batch.logprobs = [i for i, p in enumerate(params) if p.logprobs is not None]
 
         arguments = batch.arguments
+        arguments["token_ids"] = self._token_ids[: len(rows)]
+        batch.read = self._device.reader(arguments["token_ids"])
 
         def put(name: str, values: list[Any], dtype: torch.dtype, neutral: float | None = None) -> None:
             if neutral is None or any(value != neutral for value in values):
@@ -300,7 +303,8 @@ class Sampler:
 
     def _workers_workspace(self) -> torch.Tensor:
         num_workers = self._device.sample_workers
-        if self._workspace.shape[0] < num_workers:
+        if self._num_workers < num_workers:
+            self._num_workers = num_workers
             self._workspace = self._device.empty((num_workers, 4 * self._vocab_size), torch.float32)
         return self._workspace
 

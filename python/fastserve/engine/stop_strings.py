@@ -51,6 +51,7 @@ class StopMatcher:
     """
 
     def __init__(self, strings: tuple[str, ...], include_stop: bool) -> None:
+        self.is_empty = not strings
         self._state = _automaton(strings)
         self._include_stop = include_stop
         self._held = ""
@@ -60,6 +61,8 @@ class StopMatcher:
 
         While not `armed`, complete stop strings are ordinary text.
         """
+        if self.is_empty:
+            return text, None
         pending = self._held + text
         for end, char in enumerate(text, len(self._held) + 1):
             self._state = _advance(self._state, char)

@@ -31,11 +31,16 @@ from fastserve.models import model_class_for
 from fastserve.weights.calibration import CalibrationText, RecordingLinear
 from fastserve.weights.gguf_int4 import TOGETHER
 from fastserve.weights.gptq import round_gptq
-from fastserve.weights.quantization_config import WHOLE_ROW, compressed_tensors_config, fastserve_config
+from fastserve.weights.quantization_config import (
+    WHOLE_ROW,
+    QuantizationConfig,
+    compressed_tensors_config,
+    fastserve_config,
+)
 from fastserve.weights.quantized import QuantizedWeight
 from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint, pack_quantized
 from fastserve.weights.round_int4 import FORMS, round_int4
-from fastserve.weights.safetensors import INDEX_FILE, Checkpoint, open_checkpoint
+from fastserve.weights.safetensors import INDEX_FILE, Checkpoint, open_checkpoint, read_header
 
 METHODS = ("rtn", "gptq")
 GROUP_SIZES = (32, 64, 128, -1)
@@ -199,9 +204,6 @@ def _layer_file(index: int) -> str:
 
 
 def _read_layer(path: Path, settings: QuantizeSettings) -> dict[str, QuantizedWeight]:
-    from fastserve.weights.quantization_config import QuantizationConfig
-    from fastserve.weights.safetensors import read_header
-
     method = "fastserve" if settings.form == "minimums" else "compressed-tensors"
     checkpoint = Checkpoint(read_header(path))
     quantized = QuantizedCheckpoint(
@@ -230,8 +232,6 @@ def _write_rest(source: Path, checkpoint: Checkpoint, settings: QuantizeSettings
     _save(rest, workspace / "model-rest.safetensors")
     weight_map = dict.fromkeys(rest, "model-rest.safetensors")
     for index in range(config.num_layers):
-        from fastserve.weights.safetensors import read_header
-
         weight_map |= dict.fromkeys(read_header(workspace / _layer_file(index)), _layer_file(index))
     _write_json(workspace / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
     data = read_json_object(source / CONFIG_FILE, allow_nan=True)
