@@ -159,6 +159,7 @@ def test_a_full_queue_refuses_and_the_accepted_requests_finish(engine: AsyncLLM)
 def test_closing_ends_running_streams(tiny_dir: Path) -> None:
     async def run() -> None:
         engine = AsyncLLM(tiny_dir, num_blocks=32)
+        engine._loaded.engine.on_step = lambda *_: time.sleep(0.01)  # it still runs when it is closed
         stream = engine.generate([5, 6], LONG)
         await stream.__anext__()
         await asyncio.to_thread(engine.close)

@@ -192,7 +192,10 @@ def test_without_a_prefix_cache(subject: Subject) -> None:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_when_preempted(subject: Subject, prefix_caching: bool) -> None:
-    results, engine = subject.run(growing=6, num_blocks=20, enable_prefix_caching=prefix_caching)
+    # Everybody starts at once: what admission looks ahead for is what this test needs.
+    results, engine = subject.run(
+        growing=6, num_blocks=20, enable_prefix_caching=prefix_caching, admission="aggressive"
+    )
     assert engine.stats.num_preemptions > 0
     assert results == subject.alone
 
