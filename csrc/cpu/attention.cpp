@@ -8,9 +8,9 @@
 // unit of work is one item for one KV head. Bound: memory for decodes, fma throughput for chunks.
 #include <type_traits>
 
-#include "cpu/attention_check.h"
-#include "cpu/attention_fold.h"
+#include "cpu/attention_amx.h"
 #include "cpu/attention_tile.h"
+#include "cpu/attention_unit.h"
 #include "cpu/attention_widen.h"
 #include "cpu/parallel.h"
 #include "ops/ops.h"
@@ -19,114 +19,46 @@ namespace fs::FS_ISA {
 
 namespace {
 
-constexpr int kBlockRows = 48;             // rows that walk the KV tokens together
-constexpr int kScratchFloats = 24 * 1024;  // q and two outputs of those rows, on the stack
+#if defined(FS_SIMD_AMX)
 
-// The partials of up to kBlockRows packed rows over one span, or the fold of several.
-struct Partials {
-  float* out;
-  int64_t stride;
-  float max[kBlockRows];
-  float sum[kBlockRows];
+// What runs caches that tiles do not take.
+#if defined(FS_SIMD_EMULATED)
+constexpr Isa kVectorIsa = Isa::avx512bf16_emulated;
+#else
+constexpr Isa kVectorIsa = Isa::avx512bf16;
+#endif
 
-  Partial row(int64_t r) { return {out + r * stride, max + r, sum + r}; }
-};
+#else
 
+// The rows of a unit with fma: a group of rows and a tile of keys at a time.
 template <class KV>
-class Unit {
+class VectorSpans {
  public:
-  Unit(const Attention& op, const AttentionShape& shape, const AttentionItem& item, int64_t kv_head)
-      : op_(op), shape_(shape), item_(item), kv_head_(kv_head), cache_(op.kv_cache) {}
+  static constexpr int kBlockRows = 48;
 
-  void run() {
-    const int64_t num_packed = item_.num_rows * shape_.group;
-    const int64_t fitting = kScratchFloats / (3 * shape_.stride);
-    const int64_t step = fitting < kBlockRows ? fitting : kBlockRows;
-    // Many rows over the same tokens, such as those of a shared prefix, go span by span: its K and V come
-    // from memory once and stay in L2 for all of them.
-    const int64_t first_span = item_.kv_begin / op_.span;
-    const int64_t end_span = (item_.kv_end + op_.span - 1) / op_.span;
-    const int64_t spans = num_packed > step && item_.num_parts > 0 ? 1 : end_span - first_span;
-    for (int64_t s = first_span; s < end_span; s += spans) {
-      for (int64_t row = 0; row < num_packed; row += step) {
-        run_rows(row, num_packed - row < step ? num_packed - row : step, s, s + spans);
-      }
-    }
-  }
+  explicit VectorSpans(const PackedRows& rows)
+      : rows_(rows), op_(rows.op), shape_(rows.shape), cache_(rows.op.kv_cache) {}
 
- private:
-  // Packed row r is query head r % group of the KV head's, of the item's token r / group.
-  int64_t token_of(int64_t packed) const { return packed / shape_.group; }
-  int64_t head_of(int64_t packed) const { return kv_head_ * shape_.group + packed % shape_.group; }
-
-  // Rows [first, first + count) over the spans [first_span, end_span) of the item.
-  void run_rows(int64_t first, int64_t count, int64_t first_span, int64_t end_span) {
-    alignas(64) float scratch[kScratchFloats];
-    alignas(64) float lane_sums[kBlockRows * kLanes];
-    float* q = scratch;
-    Partials buffers[2];
-    for (int i = 0; i < 2; ++i) {
-      buffers[i].out = scratch + (i + 1) * count * shape_.stride;
-      buffers[i].stride = shape_.stride;
-    }
-    load_queries(first, count, q);
-    find_visible(first, count);
-
-    const int64_t item_span = item_.kv_begin / op_.span;
-    Partials* folded = nullptr;
-    Partials* current = &buffers[0];
-    for (int64_t s = first_span; s < end_span; ++s) {
-      attend_span(count, s * op_.span, q, current, lane_sums);
-      if (item_.num_parts > 1) {
-        store_partials(first, count, s - item_span, current);
-      } else if (folded == nullptr) {
-        folded = current;
-        current = &buffers[1];
-      } else {
-        for (int64_t r = 0; r < count; ++r) fold(folded->row(r), current->row(r), shape_.head_dim);
-      }
-    }
-    if (item_.num_parts > 1) return;
-    if (item_.num_parts == 1) {
-      if (first_span == item_span) return store_partials(first, count, 0, folded);
-      for (int64_t r = 0; r < count; ++r) fold(stored(first + r, 0), folded->row(r), shape_.head_dim);
-      return;
-    }
+  void begin(int64_t first, int64_t count) {
+    count_ = count;
+    const float scale = op_.scale * 1.44269504f;  // 2^(q . k) = exp(op.scale * q . k)
     for (int64_t r = 0; r < count; ++r) {
-      float* out = op_.out.ptr<float>() + (item_.row_begin + token_of(first + r)) * op_.out.stride[0] +
-                   head_of(first + r) * shape_.head_dim;
-      write_output(out, folded->row(r), shape_.head_dim);
+      const float* from = rows_.query(first + r);
+      for (int64_t d = 0; d < shape_.head_dim; ++d) q_[r * shape_.stride + d] = from[d] * scale;
+      const TokenRange visible = rows_.visible(first + r);
+      visible_begin_[r] = visible.begin;
+      visible_end_[r] = visible.end;
     }
   }
 
-  // Scaled such that 2^(q . k) = exp(scale * q . k).
-  void load_queries(int64_t first, int64_t count, float* q) const {
-    const float scale = op_.scale * 1.44269504f;
-    for (int64_t r = 0; r < count; ++r) {
-      const float* from = op_.q.ptr<const float>() +
-                          (item_.row_begin + token_of(first + r)) * op_.q.stride[0] +
-                          head_of(first + r) * shape_.head_dim;
-      for (int64_t d = 0; d < shape_.head_dim; ++d) q[r * shape_.stride + d] = from[d] * scale;
-    }
-  }
-
-  // Which KV tokens of this item each row sees.
-  void find_visible(int64_t first, int64_t count) {
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t position = item_.position + token_of(first + r);
-      const int64_t begin = op_.window == 0 ? 0 : position - op_.window + 1;
-      visible_begin_[r] = begin > item_.kv_begin ? begin : item_.kv_begin;
-      visible_end_[r] = position + 1 < item_.kv_end ? position + 1 : item_.kv_end;
-    }
-  }
-
-  void attend_span(int64_t count, int64_t span_begin, const float* q, Partials* partials, float* lane_sums) {
+  void attend_span(int64_t span_begin, const Partials& partials) {
+    const int64_t count = count_;
     const int64_t stride = shape_.stride;
-    std::memset(partials->out, 0, static_cast<size_t>(count * stride) * sizeof(float));
-    std::memset(lane_sums, 0, static_cast<size_t>(count * kLanes) * sizeof(float));
-    for (int64_t r = 0; r < count; ++r) partials->max[r] = -__builtin_inff();
+    std::memset(partials.out, 0, static_cast<size_t>(count * stride) * sizeof(float));
+    std::memset(lane_sums_, 0, static_cast<size_t>(count * kLanes) * sizeof(float));
+    for (int64_t r = 0; r < count; ++r) partials.max[r] = -__builtin_inff();
 
-    const RowGroup rows{q, partials->out, partials->max, lane_sums, stride, {}, {}};
+    const RowGroup rows{q_, partials.out, partials.max, lane_sums_, stride, {}, {}};
     const bool is_wide = shape_.head_dim % kLanes != 0 || (sizeof(KV) == 2 && count > kGroupRows);
     const int64_t span_end = span_begin + op_.span;
     const int64_t begin = visible_begin_[0];  // later rows see later tokens
@@ -153,9 +85,10 @@ class Unit {
         at = next;
       }
     }
-    for (int64_t r = 0; r < count; ++r) partials->sum[r] = reduce_add(load(lane_sums + r * kLanes));
+    for (int64_t r = 0; r < count; ++r) partials.sum[r] = reduce_add(load(lane_sums_ + r * kLanes));
   }
 
+ private:
   // Tiles are whole blocks up to kTileTokens, or up to kTileTokens of one block, from the start of a span.
   int64_t end_of_tile(int64_t at, int64_t span_end) const {
     const int64_t size = shape_.block_size;
@@ -197,18 +130,18 @@ class Unit {
     tile.key_line = (sizeof(KV) == 2 ? 2 : 1) * shape_.block_size;
     tile.value_dims = shape_.head_dim;
     tile.head_dim = shape_.head_dim;
-    const int32_t* table = op_.block_tables.ptr<const int32_t>() + item_.request * op_.block_tables.shape[1];
+    const int32_t* table = rows_.block_table();
     const int64_t first_block = begin / shape_.block_size;
     const int64_t last_block = (end - 1) / shape_.block_size;
     int64_t block = at / shape_.block_size;
     int64_t offset = at % shape_.block_size;
     for (int i = 0; i < kTileTokens / 16; ++i) {
       const int64_t known = block < first_block ? first_block : block < last_block ? block : last_block;
-      const KV* keys = cache_.keys(table[known], kv_head_);
+      const KV* keys = cache_.keys(table[known], rows_.kv_head);
       for (int j = 0; j < 16 / kLanes; ++j) {
         tile.keys[i * (16 / kLanes) + j] = keys + key_index<KV>(offset + j * kLanes, 0, shape_.block_size);
       }
-      tile.values[i] = cache_.values(table[known], kv_head_) + value_index<KV>(offset, 0, shape_.head_dim);
+      tile.values[i] = cache_.values(table[known], rows_.kv_head) + value_index<KV>(offset, 0, shape_.head_dim);
       offset += 16;
       if (offset == shape_.block_size) {
         offset = 0;
@@ -218,57 +151,37 @@ class Unit {
     return tile;
   }
 
-  // Where the workspace has a packed row's partial.
-  Partial stored(int64_t packed, int64_t part) const {
-    const int64_t slot = item_.slot + part * item_.num_rows + token_of(packed);
-    float* at =
-        op_.workspace.ptr<float>() + slot * shape_.slot_size + head_of(packed) * (shape_.head_dim + 2);
-    return {at, at + shape_.head_dim, at + shape_.head_dim + 1};
-  }
-
-  void store_partials(int64_t first, int64_t count, int64_t part, Partials* partials) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const Partial to = stored(first + r, part);
-      std::memcpy(to.out, partials->out + r * shape_.stride,
-                  static_cast<size_t>(shape_.head_dim) * sizeof(float));
-      *to.max = partials->max[r];
-      *to.sum = partials->sum[r];
-    }
-  }
-
+  const PackedRows& rows_;
   const Attention& op_;
   const AttentionShape& shape_;
-  const AttentionItem& item_;
-  int64_t kv_head_;
   KvCache<KV> cache_;
+  int64_t count_ = 0;
   int64_t visible_begin_[kBlockRows];
   int64_t visible_end_[kBlockRows];
+  alignas(64) float q_[kBlockRows * kMaxHeadDim];
+  alignas(64) float lane_sums_[kBlockRows * kLanes];
   WideTile wide_;
 };
 
-// The rows of one merge, for the query heads of one KV head.
-void merge_rows(const Attention& op, const AttentionShape& shape, const AttentionMerge& merge,
-                int64_t kv_head) {
-  const int64_t dim = shape.head_dim;
-  const int32_t* parts = op.parts.ptr<const int32_t>();
-  for (int64_t row = 0; row < merge.num_rows; ++row) {
-    for (int64_t head = kv_head * shape.group; head < (kv_head + 1) * shape.group; ++head) {
-      alignas(64) float buffer[kMaxHeadDim];
-      float max = 0.0f;
-      float sum = 0.0f;
-      const Partial folded{buffer, &max, &sum};
-      std::memset(buffer, 0, sizeof(buffer));
-      for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
-        float* part = op.workspace.ptr<float>() + (parts[p] + row) * shape.slot_size + head * (dim + 2);
-        fold(folded, {part, part + dim, part + dim + 1}, dim);
-      }
-      write_output(op.out.ptr<float>() + (merge.row_begin + row) * op.out.stride[0] + head * dim, folded,
-                   dim);
-    }
-  }
+#endif
+
+template <class Spans>
+void run_items(const Attention& op, const AttentionShape& shape) {
+  // Head by head: a block that several items share stays in the cache meanwhile.
+  const int64_t num_items = op.items.shape[0];
+  const auto* items = op.items.ptr<const AttentionItem>();
+  parallel_rows(num_items * shape.num_kv_heads, 1, [&](int64_t unit, int64_t, int) {
+    Unit<Spans>({op, shape, items[unit % num_items], unit / num_items}).run();
+  });
 }
 
-void attention(const Attention& op, const OpContext&) {
+void attention(const Attention& op, [[maybe_unused]] const OpContext& context) {
+#if defined(FS_SIMD_AMX)
+  // The choice depends on what a model's cache is like, never on rows.
+  if (op.kv_cache.dtype != DType::bf16 || !AmxSpans::takes(op.q.shape[2])) {
+    return Slot<Attention>::cpu[static_cast<int>(kVectorIsa)].kernel(op, context);
+  }
+#endif
   check_kv_cache(op.kv_cache, "attention");
   FS_CHECK(op.kv_cache.shape[2] >= 1 && op.q.shape[1] >= 1 && op.q.shape[1] % op.kv_cache.shape[2] == 0,
            "attention: " << op.q.shape[1] << " query heads and " << op.kv_cache.shape[2]
@@ -276,17 +189,15 @@ void attention(const Attention& op, const OpContext&) {
   const AttentionShape shape(op);
   check_attention(op, shape);
 
-  // Head by head: a block that several items share stays in the cache meanwhile.
-  const int64_t num_items = op.items.shape[0];
-  const auto* items = op.items.ptr<const AttentionItem>();
-  const bool is_float = op.kv_cache.dtype == DType::f32;
-  parallel_rows(num_items * shape.num_kv_heads, 1, [&](int64_t unit, int64_t, int) {
-    if (is_float) {
-      Unit<float>(op, shape, items[unit % num_items], unit / num_items).run();
-    } else {
-      Unit<bf16>(op, shape, items[unit % num_items], unit / num_items).run();
-    }
-  });
+#if defined(FS_SIMD_AMX)
+  run_items<AmxSpans>(op, shape);
+#else
+  if (op.kv_cache.dtype == DType::f32) {
+    run_items<VectorSpans<float>>(op, shape);
+  } else {
+    run_items<VectorSpans<bf16>>(op, shape);
+  }
+#endif
   const auto* merges = op.merges.ptr<const AttentionMerge>();
   parallel_rows(op.merges.shape[0] * shape.num_kv_heads, 1, [&](int64_t unit, int64_t, int) {
     merge_rows(op, shape, merges[unit / shape.num_kv_heads], unit % shape.num_kv_heads);

@@ -29,6 +29,8 @@ class Expected:
 
     value: torch.Tensor
     magnitude: torch.Tensor | None = None
+    # The same of those terms that an op with `amx_operands` rounds to bfloat16 on AMX: by at most 2^-9 each.
+    rounded: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class OpCase:
     rows: tuple[str, ...] = ()
     # Arguments that instruction sets with a bf16 dot product round to bf16 first.
     bf16_operands: tuple[str, ...] = ()
+    # Arguments that only AMX rounds to bf16 first; see also `Expected.rounded`.
+    amx_operands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def reference(query_lens: list[int], seq_lens: list[int], inputs: Mapping[str, A
     _, heads, dim = q.shape
     keys, values = (part.double() for part in keys_and_values(inputs["kv_cache"]))
     exact = torch.full(q.shape, float("nan"), dtype=torch.float64)
-    magnitude = torch.zeros_like(exact)
+    magnitude, rounded = torch.zeros_like(exact), torch.zeros_like(exact)
     group = heads // keys.shape[1]
     row_begin = 0
     for request, (num_rows, length) in enumerate(zip(query_lens, seq_lens, strict=True)):
@@ -142,8 +142,9 @@ def reference(query_lens: list[int], seq_lens: list[int], inputs: Mapping[str, A
         exact[rows] = (weights @ v).transpose(0, 1)
         # An error e of a score changes its weight by the factor 1 + e, and the sum that divides it likewise.
         terms = (x.abs() @ k.abs().transpose(1, 2)).masked_fill(hidden, 0.0).amax(-1, keepdim=True)
-        magnitude[rows] = ((weights @ v.abs()) * (1 + 2 * terms)).transpose(0, 1)
-    return {"out": Expected(exact, magnitude)}
+        rounded[rows] = (weights @ v.abs()).transpose(0, 1)
+        magnitude[rows] = rounded[rows] * (1 + 2 * terms).transpose(0, 1)
+    return {"out": Expected(exact, magnitude, rounded)}
 
 
 def case(
@@ -164,7 +165,15 @@ def case(
     parts += ["shared" + "_".join(f"{end}x{last - first}" for _, end, first, last in groups)] if groups else []
     # A row's weights, their sum and its output are chains of up to max(seq_lens) terms, scores of dim.
     length = shape.dim + max(seq_lens, default=0) + 16
-    return OpCase("attention", "-".join(parts), make, partial(reference, query_lens, seq_lens), length)
+    is_tiled = shape.dtype == torch.bfloat16 and shape.dim % 32 == 0
+    return OpCase(
+        "attention",
+        "-".join(parts),
+        make,
+        partial(reference, query_lens, seq_lens),
+        length,
+        amx_operands=("q",) if is_tiled else (),
+    )
 
 
 CASES = [

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A unit of attention's work: one item for one KV head. Its packed rows go over the spans of its KV tokens; what
+// a span yields is written, folded or stored as the plan says. Spans themselves are computed by `Spans`:
+//
+//   static constexpr int kBlockRows                         rows that walk the KV tokens together
+//   Spans(const PackedRows&)
+//   void begin(int64_t first, int64_t count)                the next rows are [first, first + count)
+//   void attend_span(int64_t span_begin, const Partials& to)  their partials over one span, from nothing
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/attention_check.h"
+#include "cpu/attention_fold.h"
+#include "cpu/kv_layout.h"
+#include "ops/ops.h"
+#include "plan/attention_plan.h"
+
+namespace fs::FS_ISA {
+
+struct TokenRange {
+  int64_t begin, end;
+};
+
+// Packed row r is query head r % group of the KV head's, of the item's token r / group.
+struct PackedRows {
+  const Attention& op;
+  const AttentionShape& shape;
+  const AttentionItem& item;
+  int64_t kv_head;
+
+  int64_t count() const { return item.num_rows * shape.group; }
+  int64_t token_of(int64_t packed) const { return packed / shape.group; }
+  int64_t head_of(int64_t packed) const { return kv_head * shape.group + packed % shape.group; }
+  const float* query(int64_t packed) const {
+    return op.q.ptr<const float>() + (item.row_begin + token_of(packed)) * op.q.stride[0] +
+           head_of(packed) * shape.head_dim;
+  }
+  float* out(int64_t packed) const {
+    return op.out.ptr<float>() + (item.row_begin + token_of(packed)) * op.out.stride[0] +
+           head_of(packed) * shape.head_dim;
+  }
+  // Where the workspace has a row's partial.
+  Partial stored(int64_t packed, int64_t part) const {
+    const int64_t slot = item.slot + part * item.num_rows + token_of(packed);
+    float* at = op.workspace.ptr<float>() + slot * shape.slot_size + head_of(packed) * (shape.head_dim + 2);
+    return {at, at + shape.head_dim, at + shape.head_dim + 1};
+  }
+  // Which KV tokens of this item a row sees. Later rows see later tokens.
+  TokenRange visible(int64_t packed) const {
+    const int64_t position = item.position + token_of(packed);
+    const int64_t begin = op.window == 0 ? 0 : position - op.window + 1;
+    return {begin > item.kv_begin ? begin : item.kv_begin,
+            position + 1 < item.kv_end ? position + 1 : item.kv_end};
+  }
+  const int32_t* block_table() const {
+    return op.block_tables.ptr<const int32_t>() + item.request * op.block_tables.shape[1];
+  }
+};
+
+// The partials of consecutive packed rows. A kernel may also write up to 16 rows of `out` beyond the last.
+struct Partials {
+  float* out;
+  int64_t stride;
+  float* max;
+  float* sum;
+
+  Partial row(int64_t r) const { return {out + r * stride, max + r, sum + r}; }
+};
+
+template <int kRows>
+struct PartialsMemory {
+  alignas(64) float out[(kRows + 16) * kMaxHeadDim];
+  float max[kRows];
+  float sum[kRows];
+
+  Partials partials(int64_t stride) { return {out, stride, max, sum}; }
+};
+
+template <class Spans>
+class Unit {
+ public:
+  explicit Unit(const PackedRows& rows) : rows_(rows), spans_(rows_) {}
+
+  void run() {
+    const int64_t num_packed = rows_.count();
+    constexpr int64_t kStep = Spans::kBlockRows;
+    // Many rows over the same tokens, such as those of a shared prefix, go span by span: its K and V come
+    // from memory once and stay in L2 for all of them.
+    const AttentionItem& item = rows_.item;
+    const int64_t span = rows_.op.span;
+    const int64_t first_span = item.kv_begin / span;
+    const int64_t end_span = (item.kv_end + span - 1) / span;
+    const int64_t spans = num_packed > kStep && item.num_parts > 0 ? 1 : end_span - first_span;
+    for (int64_t s = first_span; s < end_span; s += spans) {
+      for (int64_t row = 0; row < num_packed; row += kStep) {
+        run_rows(row, num_packed - row < kStep ? num_packed - row : kStep, s, s + spans);
+      }
+    }
+  }
+
+ private:
+  // Rows [first, first + count) over the spans [first_span, end_span) of the item.
+  void run_rows(int64_t first, int64_t count, int64_t first_span, int64_t end_span) {
+    spans_.begin(first, count);
+    const AttentionItem& item = rows_.item;
+    const int64_t dim = rows_.shape.head_dim;
+    const int64_t span = rows_.op.span;
+    const int64_t item_span = item.kv_begin / span;
+    const Partials buffers[2] = {memory_[0].partials(rows_.shape.stride),
+                                 memory_[1].partials(rows_.shape.stride)};
+    const Partials* folded = nullptr;
+    const Partials* current = &buffers[0];
+    for (int64_t s = first_span; s < end_span; ++s) {
+      spans_.attend_span(s * span, *current);
+      if (item.num_parts > 1) {
+        store_partials(first, count, s - item_span, *current);
+      } else if (folded == nullptr) {
+        folded = current;
+        current = &buffers[1];
+      } else {
+        for (int64_t r = 0; r < count; ++r) fold(folded->row(r), current->row(r), dim);
+      }
+    }
+    if (item.num_parts > 1) return;
+    if (item.num_parts == 1) {
+      if (first_span == item_span) return store_partials(first, count, 0, *folded);
+      for (int64_t r = 0; r < count; ++r) fold(rows_.stored(first + r, 0), folded->row(r), dim);
+      return;
+    }
+    for (int64_t r = 0; r < count; ++r) write_output(rows_.out(first + r), folded->row(r), dim);
+  }
+
+  void store_partials(int64_t first, int64_t count, int64_t part, const Partials& partials) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const Partial to = rows_.stored(first + r, part);
+      std::memcpy(to.out, partials.out + r * partials.stride,
+                  static_cast<size_t>(rows_.shape.head_dim) * sizeof(float));
+      *to.max = partials.max[r];
+      *to.sum = partials.sum[r];
+    }
+  }
+
+  PackedRows rows_;
+  Spans spans_;
+  PartialsMemory<Spans::kBlockRows> memory_[2];
+};
+
+// The rows of one merge, for the query heads of one KV head.
+inline void merge_rows(const Attention& op, const AttentionShape& shape, const AttentionMerge& merge,
+                       int64_t kv_head) {
+  const int64_t dim = shape.head_dim;
+  const int32_t* parts = op.parts.ptr<const int32_t>();
+  for (int64_t row = 0; row < merge.num_rows; ++row) {
+    for (int64_t head = kv_head * shape.group; head < (kv_head + 1) * shape.group; ++head) {
+      alignas(64) float buffer[kMaxHeadDim];
+      float max = 0.0f;
+      float sum = 0.0f;
+      const Partial folded{buffer, &max, &sum};
+      std::memset(buffer, 0, sizeof(buffer));
+      for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
+        float* part = op.workspace.ptr<float>() + (parts[p] + row) * shape.slot_size + head * (dim + 2);
+        fold(folded, {part, part + dim, part + dim + 1}, dim);
+      }
+      write_output(op.out.ptr<float>() + (merge.row_begin + row) * op.out.stride[0] + head * dim, folded,
+                   dim);
+    }
+  }
+}
+
+}  // namespace fs::FS_ISA
