@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastserve import _native
-from op_cases.attention import TWO_LEVELS, Groups, Shape, arguments_for, planned
+from op_cases.attention import TWO_LEVELS, Groups, Shape, arguments_for, planned, reference
+from op_cases.paged_kv import cache_from, keys_and_values
 from op_checks import bits, run_guarded
 
 SEED = 7
@@ -115,12 +116,16 @@ def test_same_bits_whether_a_prefix_is_shared(shape: Shape, isa: str) -> None:
         assert (bits(run_guarded("attention", alone)["out"]) == bits(unshared[begin:end])).all()
 
 
+DTYPES = [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_hidden(bad: float, isa: str) -> None:
+def test_what_is_no_number_is_not_hidden(bad: float, dtype: torch.dtype, isa: str) -> None:
     """A broken query gives a broken output of its own row and head only."""
     _native.set_isa(isa)
-    arguments = arguments_for(torch.Generator().manual_seed(SEED), [3, 1], [70, 40], Shape())
+    arguments = arguments_for(torch.Generator().manual_seed(SEED), [3, 1], [70, 40], Shape(dtype=dtype))
     clean = run_guarded("attention", arguments)["out"]
     arguments["q"] = arguments["q"].clone()
     arguments["q"][1, 2, 5] = bad
@@ -128,3 +133,63 @@ def test_what_is_no_number_is_not_hidden(bad: float, isa: str) -> None:
     assert out[1, 2].isnan().all()
     out[1, 2] = clean[1, 2]
     assert (bits(out) == bits(clean)).all()
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_with_rows_that_see_it(bad: float, dtype: torch.dtype, isa: str) -> None:
+    """A broken value or key of a chunk's token, or of one that has left the window, leaves other rows their bits."""
+    _native.set_isa(isa)
+    shape = Shape(heads=6, kv_heads=2, dtype=dtype, window=50)
+    arguments = arguments_for(torch.Generator().manual_seed(SEED), [40], [140], shape)
+    clean = run_guarded("attention", arguments)["out"]
+    for is_value in (False, True):
+        parts = [part.clone() for part in keys_and_values(arguments["kv_cache"])]
+        for token in (61, 117):
+            parts[is_value][arguments["block_tables"][0, token // 32], :, token % 32, 3] = bad
+        out = run_guarded("attention", {**arguments, "kv_cache": cache_from(*parts, dtype)})["out"]
+        # Row r is token 100 + r and sees 50 tokens: 61 is hidden from rows 11 on, 117 from rows below 17.
+        assert (bits(out[11:17]) == bits(clean[11:17])).all()
+        if is_value or bad != bad:  # an infinite key may also get no weight
+            assert not out[:11].isfinite().all(-1).any()
+            assert not out[17:].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", [0, 40, 63])
+def test_row_that_sees_nothing_is_zero_with_maximum_minus_infinity(position: int, dtype: torch.dtype, isa: str) -> None:
+    """An item over tokens [64, 192), two spans, whose row i sees tokens up to position + i."""
+    _native.set_isa(isa)
+    shape = Shape(heads=2, kv_heads=1, span=128, dtype=dtype)
+    arguments = arguments_for(torch.Generator().manual_seed(SEED), [80], [200], shape)
+    arguments["merges"], arguments["parts"] = torch.zeros(0, 5, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    last_seen = torch.arange(80) + position
+
+    arguments["items"] = torch.tensor([[0, 80, 64, 192, position, 0, -1, 0, 0, 0]], dtype=torch.int32)
+    out = run_guarded("attention", arguments)["out"]
+    assert (out[last_seen < 64] == 0).all()
+    assert (out[last_seen >= 64] != 0).any(-1).all()
+
+    arguments["items"] = torch.tensor([[0, 80, 64, 192, position, 0, 0, 2, 0, 0]], dtype=torch.int32)
+    arguments["workspace"] = torch.zeros(2 * 80 * shape.heads * (shape.dim + 2))
+    partials = run_guarded("attention", arguments)["workspace"].view(2, 80, shape.heads, shape.dim + 2)
+    for partial, begin in zip(partials, (64, 128), strict=True):
+        blind = last_seen < begin
+        assert (partial[blind, :, :-2] == 0).all()
+        assert (partial[blind, :, -2] == float("-inf")).all()
+        assert (partial[blind, :, -1] == 0).all()
+        assert (partial[~blind, :, -1] > 0).all()
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_relative_error_of_a_row(dtype: torch.dtype, bound: float, isa: str) -> None:
+    """Against float64 on what the cache holds; queries as they are before any rounding."""
+    _native.set_isa(isa)
+    queries, lengths = [1, 40, 1, 9], [700, 300, 33, 1000]
+    arguments = arguments_for(torch.Generator().manual_seed(SEED), queries, lengths, Shape(span=256, dtype=dtype))
+    exact = reference(queries, lengths, arguments)["out"].value
+    error = (run_guarded("attention", arguments)["out"].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() < bound

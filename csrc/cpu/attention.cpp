@@ -100,7 +100,7 @@ class VectorSpans {
 
   template <class T>
   void attend_tile(const RowGroup& rows, int64_t count, int64_t at, int64_t next, const Tile<T>& tile,
-                   const std::type_identity_t<Tile<T>>* next_tile) const {
+                   const std::type_identity_t<Tile<T> >* next_tile) const {
     for (int64_t r = 0; r < count; r += kGroupRows) {
       RowGroup group{rows.q + r * rows.stride,
                      rows.out + r * rows.stride,
@@ -141,7 +141,8 @@ class VectorSpans {
       for (int j = 0; j < 16 / kLanes; ++j) {
         tile.keys[i * (16 / kLanes) + j] = keys + key_index<KV>(offset + j * kLanes, 0, shape_.block_size);
       }
-      tile.values[i] = cache_.values(table[known], rows_.kv_head) + value_index<KV>(offset, 0, shape_.head_dim);
+      tile.values[i] =
+          cache_.values(table[known], rows_.kv_head) + value_index<KV>(offset, 0, shape_.head_dim);
       offset += 16;
       if (offset == shape_.block_size) {
         offset = 0;
@@ -193,9 +194,9 @@ void attention(const Attention& op, [[maybe_unused]] const OpContext& context) {
   run_items<AmxSpans>(op, shape);
 #else
   if (op.kv_cache.dtype == DType::f32) {
-    run_items<VectorSpans<float>>(op, shape);
+    run_items<VectorSpans<float> >(op, shape);
   } else {
-    run_items<VectorSpans<bf16>>(op, shape);
+    run_items<VectorSpans<bf16> >(op, shape);
   }
 #endif
   const auto* merges = op.merges.ptr<const AttentionMerge>();

@@ -97,9 +97,10 @@ class AmxSpans {
         is_empty = false;
       }
       if (!is_empty) continue;
+      std::memset(partials.row(r).out, 0, static_cast<size_t>(n * partials.stride) * sizeof(float));
       for (int64_t i = r; i < r + n; ++i) {
-        *partials.row(i).max = -__builtin_inff();
-        *partials.row(i).sum = 0.0f;
+        partials.max[i] = -__builtin_inff();
+        partials.sum[i] = 0.0f;
       }
     }
   }
@@ -110,9 +111,6 @@ class AmxSpans {
   static constexpr int64_t kScoreStride = kSection + 16;
   static constexpr int64_t kWeightStride = kSection + 32;
 
-  static TokenRange overlap(TokenRange a, TokenRange b) {
-    return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-  }
   // What one of these rows sees of a section, and what all see.
   TokenRange seen(int64_t r, int64_t n, TokenRange section) const {
     return overlap({visible_[r].begin, visible_[r + n - 1].end}, section);
@@ -262,14 +260,13 @@ class AmxSpans {
     const TokenRange common = seen_by_all(r, n, section);
     for (int64_t t = all.begin; t < all.end; ++t) {
       if (t == common.begin && common.begin < common.end) t = common.end;
-      if (t < all.end && !is_finite(values_of(t))) return false;
+      if (t == all.end) break;
+      const bf16* value = values_of(t);
+      bool is_finite = true;
+      for (int64_t d = 0; d < dim_; ++d) is_finite &= (value[2 * d] & 0x7f80u) != 0x7f80u;
+      if (!is_finite) return false;
     }
     return true;
-  }
-  bool is_finite(const bf16* value) const {
-    bool is_bad = false;
-    for (int64_t d = 0; d < dim_; ++d) is_bad |= (value[2 * d] & 0x7f80u) == 0x7f80u;
-    return !is_bad;
   }
 
   const PackedRows& rows_;

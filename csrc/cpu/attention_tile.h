@@ -294,8 +294,52 @@ void attend_rows(const RowGroup& group, const Tile<KV>& tile, const Tile<KV>* ne
 }
 
 template <class KV>
+bool is_finite_value(const Tile<KV>& tile, int token) {
+  constexpr int64_t kStep = std::is_same_v<KV, float> ? 1 : 2;
+  const KV* value = tile.values[token / 16] + value_index<KV>(token % 16, 0, tile.value_dims);
+  bool is_finite = true;
+  for (int64_t d = 0; d < tile.value_dims; ++d) {
+    const auto bits = __builtin_bit_cast(uint32_t, to_float(value[d * kStep]));
+    is_finite &= (bits & 0x7f800000u) != 0x7f800000u;
+  }
+  return is_finite;
+}
+
+// Whether the values that only some of the rows see are numbers.
+template <class KV>
+bool is_finite_where_hidden(const RowGroup& group, const Tile<KV>& tile, int num_rows) {
+  TokenRange all{kTileTokens, 0};
+  TokenRange common{0, kTileTokens};
+  for (int r = 0; r < num_rows; ++r) {
+    common = overlap(common, {group.begin[r], group.end[r]});
+    if (group.begin[r] >= group.end[r]) continue;
+    all.begin = group.begin[r] < all.begin ? group.begin[r] : all.begin;
+    all.end = group.end[r] > all.end ? group.end[r] : all.end;
+  }
+  for (int64_t token = all.begin; token < all.end; ++token) {
+    const bool is_common = token >= common.begin && token < common.end;
+    if (!is_common && !is_finite_value(tile, static_cast<int>(token))) return false;
+  }
+  return true;
+}
+
+template <class KV>
 void attend(const RowGroup& group, const Tile<KV>& tile, const Tile<KV>* next, int num_rows) {
   static_assert(kGroupRows == 6);
+  if (num_rows > 1 && !is_finite_where_hidden(group, tile, num_rows)) {
+    // A weight of zero would not keep such a value out of a row that may not see it: row by row.
+    for (int r = 0; r < num_rows; ++r) {
+      const RowGroup row{group.q + r * group.stride,
+                         group.out + r * group.stride,
+                         group.max + r,
+                         group.lane_sums + r * kLanes,
+                         group.stride,
+                         {group.begin[r]},
+                         {group.end[r]}};
+      attend_rows<KV, 1>(row, tile, nullptr);
+    }
+    return;
+  }
   switch (num_rows) {
     case 1:
       return attend_rows<KV, 1>(group, tile, next);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A unit of attention's work: one item for one KV head. Its packed rows go over the spans of its KV tokens; what
-// a span yields is written, folded or stored as the plan says. Spans themselves are computed by `Spans`:
+// A unit of attention's work: one item for one KV head. Its packed rows go over the spans of its KV tokens;
+// what a span yields is written, folded or stored as the plan says. Spans themselves are computed by `Spans`:
 //
 //   static constexpr int kBlockRows                         rows that walk the KV tokens together
 //   Spans(const PackedRows&)
@@ -19,10 +19,6 @@
 #include "plan/attention_plan.h"
 
 namespace fs::FS_ISA {
-
-struct TokenRange {
-  int64_t begin, end;
-};
 
 // Packed row r is query head r % group of the KV head's, of the item's token r / group.
 struct PackedRows {
@@ -52,8 +48,7 @@ struct PackedRows {
   TokenRange visible(int64_t packed) const {
     const int64_t position = item.position + token_of(packed);
     const int64_t begin = op.window == 0 ? 0 : position - op.window + 1;
-    return {begin > item.kv_begin ? begin : item.kv_begin,
-            position + 1 < item.kv_end ? position + 1 : item.kv_end};
+    return overlap({begin, position + 1}, {item.kv_begin, item.kv_end});
   }
   const int32_t* block_table() const {
     return op.block_tables.ptr<const int32_t>() + item.request * op.block_tables.shape[1];

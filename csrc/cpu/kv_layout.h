@@ -22,6 +22,13 @@ namespace fs::FS_ISA {
 inline constexpr int64_t kMaxHeadDim = 256;
 inline constexpr int64_t kMaxBlockSize = 256;
 
+struct TokenRange {
+  int64_t begin, end;
+};
+inline TokenRange overlap(TokenRange a, TokenRange b) {
+  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
 template <class KV>
 int64_t key_index(int64_t token, int64_t dim, int64_t block_size) {
   if constexpr (std::is_same_v<KV, float>) return dim * block_size + token;
