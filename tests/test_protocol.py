@@ -126,7 +126,7 @@ def test_messages_are_what_templates_know() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
         {"role": "tool", "content": "2", "tool_call_id": "1"},
     ]
-    system, assistant, tool = chat(messages=messages).template_messages()
+    system, assistant, tool = (message.for_template() for message in chat(messages=messages).messages)
     assert system == {"role": "system", "content": "be brief"}
     assert assistant["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert tool == {"role": "tool", "content": "2", "tool_call_id": "1"}

@@ -140,7 +140,7 @@ def test_unexpected_errors_of_an_endpoint_are_not_told_to_clients(server: Runnin
     async def broken(*_: Any) -> None:
         raise Planted("/secret/path")
 
-    server.service.completion_job = broken  # type: ignore[method-assign, assignment]
+    server.service.job = broken  # type: ignore[method-assign, assignment]
     answer = complete(server)
     assert answer.status_code == 500
     assert "secret" not in answer.text

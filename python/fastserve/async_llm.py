@@ -64,6 +64,7 @@ class AsyncLLM:
         cache_salt: str = "",
         index: int | str | None = None,
         shared_prefix: SharedPrefix | None = None,
+        on_queued: Callable[[], None] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Stream the outputs of one prompt (forms as in `LLM.generate`).
 
@@ -71,7 +72,8 @@ class AsyncLLM:
         FINAL_ONLY there is one. Text never ends in half a character and never holds a stop string or what follows
         it. Leaving the loop early, or cancelling the task, aborts the request and frees its blocks. `index` and
         `shared_prefix` are those of a batch that was planned (`Engine.add_request`); `end_batch` must follow. Raises
-        InvalidRequest (which gives up the place in the batch), QueueFull or EngineDead.
+        InvalidRequest (which gives up the place in the batch), QueueFull or EngineDead. `on_queued` is called, in the
+        engine's thread, when the request has joined the engine's queue.
         """
         params = sampling_params or self._loaded.default_sampling_params()
         try:
@@ -93,6 +95,8 @@ class AsyncLLM:
                     shared_prefix=shared_prefix,
                 )  # fmt: skip
                 self._streams[stream.request_id] = stream
+                if on_queued is not None:
+                    on_queued()
             except Exception as error:
                 stream.deliver(error)
 

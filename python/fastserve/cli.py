@@ -357,6 +357,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         return 2
     except ModuleNotFoundError as error:
         return _needs_server_extra("serve", error)
+    if arguments.model is None:
+        print("fastserve serve: give a model folder", file=sys.stderr)
+        return 2
     return serve(arguments.model, options)
 
 

@@ -73,6 +73,17 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
 
+    @classmethod
+    def from_fields(cls, more: Fields) -> GenerationDefaults:
+        return cls(
+            temperature=more.optional_number("temperature", 0.0, 1e4),
+            top_k=more.optional_integer("top_k", -1, MAX_VOCAB),
+            top_p=more.optional_number("top_p", 0.0, 1.0),
+            min_p=more.optional_number("min_p", 0.0, 1.0),
+            repetition_penalty=more.optional_number("repetition_penalty", 1e-3, 1e3),
+            max_new_tokens=more.optional_integer("max_new_tokens", 1, MAX_POSITIONS),
+        )
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -160,14 +171,7 @@ class ModelConfig:
             torch_dtype=fields.choice("dtype" if fields.has("dtype") else "torch_dtype", DTYPES),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=tuple(dict.fromkeys(eos)),
-            generation=GenerationDefaults(
-                temperature=more.optional_number("temperature", 0.0, 1e4),
-                top_k=more.optional_integer("top_k", -1, MAX_VOCAB),
-                top_p=more.optional_number("top_p", 0.0, 1.0),
-                min_p=more.optional_number("min_p", 0.0, 1.0),
-                repetition_penalty=more.optional_number("repetition_penalty", 1e-3, 1e3),
-                max_new_tokens=more.optional_integer("max_new_tokens", 1, MAX_POSITIONS),
-            ),
+            generation=GenerationDefaults.from_fields(more),
             quantization=QuantizationConfig.from_fields(fields),
         )
 

@@ -27,6 +27,7 @@ class RequestMetrics:
     first_token_s: float | None = None
     last_token_s: float | None = None
     finished_s: float | None = None
+    num_preemptions: int = 0  # of all its sequences
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class LoadedEngine:
     model_config: ModelConfig
     tokenizer: Tokenizer | None
     grammars: GrammarCompiler | None = None
+    content_parts: bool = False  # chat templates get the content of messages as lists of parts
 
     def check_structure(self, params: SamplingParams) -> None:
         """Compiles what the output must match, which may take a while. Raises InvalidRequest if it cannot be."""

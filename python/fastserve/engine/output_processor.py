@@ -165,6 +165,7 @@ class _Group:
             first_token_s=_known(min, [r.first_token_s for r in requests]),
             last_token_s=_known(max, [r.last_token_s for r in requests]),
             finished_s=now if self.finished else None,
+            num_preemptions=sum(r.num_preemptions for r in requests),
         )
 
 

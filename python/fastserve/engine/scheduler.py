@@ -213,6 +213,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        return self._waiting.num_tokens
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 

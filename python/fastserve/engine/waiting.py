@@ -14,12 +14,14 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[Any, ...], Request]] = []  # keys are unique
         self._members: dict[str, Request] = {}
+        self.num_tokens = 0  # of all members; a waiting request gets none
 
     def __len__(self) -> int:
         return len(self._members)
 
     def push(self, request: Request) -> None:
         self._members[request.request_id] = request
+        self.num_tokens += len(request.token_ids)
         heapq.heappush(self._heap, (request.queue_key, request))
 
     def first(self) -> Request:
@@ -38,6 +40,7 @@ class WaitingQueue:
 
     def _forget(self, request: Request) -> None:
         del self._members[request.request_id]
+        self.num_tokens -= len(request.token_ids)
         if len(self._heap) > 2 * len(self._members) + 16:
             self._heap = [entry for entry in self._heap if self._is_member(entry[1])]
             heapq.heapify(self._heap)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -21,19 +20,19 @@ from fastserve.server.batches import Batches
 from fastserve.server.errors import install_handlers
 from fastserve.server.events import stream_events
 from fastserve.server.jobs import Job
-from fastserve.server.middleware import BoundBodies, RequireKey
+from fastserve.server.middleware import BoundBodies, CountRequests, NameRequests, RequireKey
 from fastserve.server.options import ServeOptions
 from fastserve.server.page import PAGE
 from fastserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    StreamOptions,
     TokenizeRequest,
 )
-from fastserve.server.service import Service
+from fastserve.server.service import AnyRequest, Service, Ticket
 from fastserve.server.wire import ClientLeft, EventStream, unless_client_leaves
 
-AnyRequest = TypeVar("AnyRequest", CompletionRequest, ChatCompletionRequest)
 CLIENT_LEFT = 499  # nobody reads it; for the log
 
 
@@ -77,6 +76,7 @@ def make_app(service: Service, options: ServeOptions, batches: Batches | None = 
         version=fastserve.__version__,
         docs_url=None,  # its pages load scripts from other servers
         redoc_url=None,
+        root_path=options.root_path,
         responses=ERRORS,
     )
     install_handlers(app)
@@ -95,37 +95,38 @@ def make_app(service: Service, options: ServeOptions, batches: Batches | None = 
         app.add_middleware(RequireKey, keys=options.api_key)
     if options.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=options.allowed_methods or ["*"],
+            allow_headers=options.allowed_headers or ["*"],
         )
+    app.add_middleware(CountRequests, metrics=service.metrics)
+    if options.enable_request_id_headers:
+        app.add_middleware(NameRequests)
     return app
 
 
 def _add_generation(app: FastAPI, service: Service, options: ServeOptions) -> None:
-    async def answered(
-        body: AnyRequest,
-        request: Request,
-        num_sequences: int,
-        prepare: Callable[[AnyRequest, float], Awaitable[Job]],
-    ) -> Response:
+    async def answered(body: AnyRequest, request: Request, num_sequences: int) -> Response:
         arrival_s = time.monotonic()
-        await service.admit(body.model, num_sequences)
+        ticket = await service.admit(body.model, num_sequences)
         streaming = False
         try:
-            job = await unless_client_leaves(request.receive, _coroutine(prepare(body, arrival_s)))
+            _apply(options, body)
+            job = await unless_client_leaves(request.receive, service.job(body, arrival_s, ticket))
             if body.stream:
-                streaming = True  # the response releases
-                events = stream_events(service, job)
-                return EventStream(events, options.keep_alive_comment, lambda: service.release(num_sequences))
-            return await unless_client_leaves(request.receive, whole(job))
+                streaming = True  # the response closes the ticket
+                return EventStream(stream_events(service, job, ticket), options.keep_alive_comment, ticket.close)
+            return await unless_client_leaves(request.receive, whole(job, ticket))
         except ClientLeft:
             return Response(status_code=CLIENT_LEFT)
         finally:
             if not streaming:
-                service.release(num_sequences)
+                ticket.close()
 
-    async def whole(job: Job) -> Response:
+    async def whole(job: Job, ticket: Ticket) -> Response:
         outputs = {}
-        async for index, output in service.run(job):
+        async for index, output in service.run(job, ticket):
             outputs[index] = output
         model = job.request.model or service.model_names[0]
         finished = [outputs[i] for i in range(len(outputs))]
@@ -135,16 +136,21 @@ def _add_generation(app: FastAPI, service: Service, options: ServeOptions) -> No
     @app.post("/v1/completions", response_model=Completion, responses=EVENTS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete one or several prompts."""
-        return await answered(body, request, len(body.prompts()) * max(body.n or 1, 1), service.completion_job)
+        return await answered(body, request, len(body.prompts()) * max(body.n or 1, 1))
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
-        return await answered(body, request, max(body.n or 1, 1), service.chat_job)
+        return await answered(body, request, max(body.n or 1, 1))
 
 
-async def _coroutine(awaitable: Awaitable[Job]) -> Job:
-    return await awaitable
+def _apply(options: ServeOptions, body: CompletionRequest | ChatCompletionRequest) -> None:
+    """What the server's flags change in a request. Raises InvalidRequest."""
+    if isinstance(body, ChatCompletionRequest) and body.chat_template and not options.trust_request_chat_template:
+        raise InvalidRequest("chat_template is only allowed where the server has --trust-request-chat-template")
+    if options.enable_force_include_usage and body.stream:
+        body.stream_options = body.stream_options or StreamOptions()
+        body.stream_options.include_usage = True
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

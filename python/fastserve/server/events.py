@@ -12,18 +12,18 @@ from fastserve.server.answers import Answer, ChatChunkChoice, ChatDelta, Complet
 from fastserve.server.errors import as_api_error
 from fastserve.server.jobs import Job
 from fastserve.server.protocol import ChatCompletionRequest, CompletionRequest
-from fastserve.server.service import Service
+from fastserve.server.service import Service, Ticket
 from fastserve.server.tool_calls import ToolCallParser
 from fastserve.server.wire import DONE, event
 
 
-async def stream_events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
+async def stream_events(service: Service, job: Job, ticket: Ticket) -> AsyncGenerator[bytes, None]:
     """All events of a job, an error among them, and [DONE]. Closing it aborts the job."""
     answer = Answer(job.request, job.request.model or service.model_names[0], service.tokenizer, service.tool_format)
     writer = _ChatWriter(answer) if isinstance(job.request, ChatCompletionRequest) else _CompletionWriter(answer)
     count = _UsageCount()
     try:
-        async with contextlib.aclosing(service.run(job)) as outputs:
+        async with contextlib.aclosing(service.run(job, ticket)) as outputs:
             async for index, output in outputs:
                 count.take(index, output)
                 always = count.usage(job.request) if job.request.wants_usage_always else None

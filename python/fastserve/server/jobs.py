@@ -41,8 +41,8 @@ def make_job(
         if request.tools and request.choice == "auto":
             if tool_format is None:
                 raise InvalidRequest(
-                    "this model's chat template has no known format for tool calls; start with --tool-call-parser, "
-                    "or demand a call with tool_choice"
+                    "this model's chat template has no known format for tool calls, or the server runs with "
+                    "--no-enable-auto-tool-choice; start with --tool-call-parser, or demand a call with tool_choice"
                 )
             if tool_format == "mistral":  # its mark is a special token
                 params = replace(params, skip_special_tokens=False)
@@ -60,13 +60,16 @@ def chat_prompt(
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise FastserveError("chat needs a tokenizer; this engine has none")
-    if tokenizer.chat_template is None:
-        raise InvalidRequest("this model has no chat template; use /v1/completions")
+    template = tokenizer.chat_template
+    if isinstance(request, ChatCompletionRequest) and request.chat_template is not None:
+        template = request.chat_template
+    if template is None:
+        raise InvalidRequest("this model has no chat template; use /v1/completions, or start with --chat-template")
     kwargs = request.chat_template_kwargs or {}
     check_template_kwargs(kwargs)
     text = render_chat(
-        tokenizer.chat_template,
-        [message.for_template() for message in request.messages or []],
+        template,
+        [message.for_template(as_parts=loaded.content_parts) for message in request.messages or []],
         add_generation_prompt=request.add_generation_prompt,
         tools=request.template_tools() if isinstance(request, ChatCompletionRequest) else None,
         bos_token=tokenizer.bos_token,

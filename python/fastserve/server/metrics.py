@@ -7,7 +7,7 @@ tokenising; a preemption during decoding counts into the gap between tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -29,28 +29,46 @@ STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 
 
 class Metrics:
-    """The counters of one server. `vllm_aliases`: every metric also appears under vLLM's own prefix."""
+    """The counters of one server. `vllm_aliases`: every metric also appears under vLLM's own prefix. `seconds`: bounds
+    of the histograms of times."""
 
-    def __init__(self, llm: AsyncLLM, model_name: str, num_open: Callable[[], int], vllm_aliases: bool = False) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        model_name: str,
+        num_open: Callable[[], int],
+        vllm_aliases: bool = False,
+        seconds: Sequence[float] = (),
+    ) -> None:
+        times = tuple(sorted(set(seconds))) or SECONDS
         self.registry = CollectorRegistry()
         self._vllm_aliases = vllm_aliases
         self._labels = {"model_name": model_name, "engine": "0"}
-        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token", SECONDS)
-        self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Gap between outputs", SECONDS)
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token", times)
+        self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Gap between outputs", times)
         self._time_per_token = self._histogram(
-            "request_time_per_output_token_seconds", "Mean gap between a request's tokens", SECONDS
+            "request_time_per_output_token_seconds", "Mean gap between a request's tokens", times
         )
-        self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", SECONDS)
-        self._queue = self._histogram("request_queue_time_seconds", "Arrival at the engine to first step", SECONDS)
-        self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token", SECONDS)
-        self._decode = self._histogram("request_decode_time_seconds", "First token to last token", SECONDS)
-        self._inference = self._histogram("request_inference_time_seconds", "First step to last token", SECONDS)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", times)
+        self._queue = self._histogram("request_queue_time_seconds", "Arrival at the engine to first step", times)
+        self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token", times)
+        self._decode = self._histogram("request_decode_time_seconds", "First token to last token", times)
+        self._inference = self._histogram("request_inference_time_seconds", "First step to last token", times)
         self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)
         self._request_generation = self._histogram("request_generation_tokens", "Output tokens of a request", TOKENS)
+        self._request_max_generation = self._histogram(
+            "request_max_num_generation_tokens", "Output tokens of the longest of a request's completions", TOKENS
+        )
+        self._request_computed = self._histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that were not in the prefix cache", TOKENS
+        )
+        self._request_preemptions = self._histogram(
+            "request_num_preemptions", "How often a request lost its blocks", (0, 1, 2, 5, 10, 20, 50)
+        )
         self._request_n = self._histogram("request_params_n", "The parameter n", (1, 2, 5, 10, 20))
         self._request_max_tokens = self._histogram("request_params_max_tokens", "The parameter max_tokens", TOKENS)
         self._step_tokens = self._histogram("iteration_tokens_total", "Tokens of a step", STEP_TOKENS)
-        self._step_seconds = self._histogram("iteration_seconds", "Duration of a step", SECONDS)
+        self._step_seconds = self._histogram("iteration_seconds", "Duration of a step", times)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of finished requests")
         self._cached_tokens = self._counter("prompt_tokens_cached", "Of these, tokens served from the prefix cache")
         self._generation_tokens = self._counter("generation_tokens", "Output tokens")
@@ -73,8 +91,18 @@ class Metrics:
         self._decode_kind = self._kinds.labels(**self._labels, kind="decode")
         self._prefill_kind = self._kinds.labels(**self._labels, kind="prefill")
         self.refused = self._counter("requests_refused", "Requests refused because the queue was full")
-        self._num_prefill_tokens = 0
-        self.registry.register(_EngineState(llm, self._labels, num_open, lambda: self._num_prefill_tokens))
+        self._http_requests = Counter(
+            "http_requests", "HTTP requests", ("handler", "method", "status"), registry=self.registry
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "Seconds of HTTP requests, to the end of their answers",
+            ("handler", "method"),
+            buckets=times,
+            registry=self.registry,
+        )
+        self.num_prefill_tokens = self.num_generated_tokens = 0
+        self.registry.register(_EngineState(llm, self._labels, num_open, lambda: self.num_prefill_tokens))
         llm.loaded.engine.on_step = self._step
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -91,8 +119,15 @@ class Metrics:
         self._step_seconds.observe(seconds)
         self._decode_kind.inc(decode)
         self._prefill_kind.inc(plan.num_tokens - decode)
-        self._num_prefill_tokens += plan.num_tokens - decode
-        self._generation_tokens.inc(sum(item.sample for item in plan.items))
+        self.num_prefill_tokens += plan.num_tokens - decode
+        num_generated = sum(item.sample for item in plan.items)
+        self.num_generated_tokens += num_generated
+        self._generation_tokens.inc(num_generated)
+
+    def http_request(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """Takes one HTTP request; `handler` is the declared path of its endpoint."""
+        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
+        self._http_seconds.labels(handler, method).observe(seconds)
 
     def request_finished(
         self,
@@ -100,21 +135,28 @@ class Metrics:
         params: SamplingParams,
         num_prompt: int,
         num_cached: int,
-        num_output: int,
+        num_outputs: Sequence[int],
         total_s: float,
         first_token_s: float | None,
         times: RequestMetrics | None,
         now: float,
     ) -> None:
-        """Takes one prompt's account; times are monotonic seconds, None where it did not get that far."""
+        """Takes one prompt's account; `num_outputs` are the tokens of its completions, times are monotonic seconds,
+        None where it did not get that far."""
+        num_output = sum(num_outputs)
         self._reasons.get(reason, self._reasons["error"]).inc()
         self._prompt_tokens.inc(num_prompt)
         self._cached_tokens.inc(num_cached)
         self._request_prompt.observe(num_prompt)
         self._request_generation.observe(num_output)
+        self._request_max_generation.observe(max(num_outputs, default=0))
         self._request_n.observe(params.n)
         if params.max_tokens is not None:
             self._request_max_tokens.observe(params.max_tokens)
+        if times is not None:
+            self._request_preemptions.observe(times.num_preemptions)
+            if times.first_scheduled_s is not None:
+                self._request_computed.observe(num_prompt - num_cached)
         if reason in ("abort", "error"):
             return  # their times say when somebody gave up
         self._e2e.observe(total_s)

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between the network and the endpoints: API keys, and bounds on bodies and on the time they take."""
+"""What stands between the network and the endpoints: API keys, bounds on bodies and on the time they take, counters,
+and names of requests."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
+import re
+import time
+import uuid
 from collections.abc import Sequence
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve.server.errors import ApiError
+from fastserve.server.metrics import Metrics
 
 OPEN_PATHS = frozenset(("/health", "/ping", "/", "/favicon.ico"))
 UPLOAD_PATH = "/v1/files"
@@ -135,3 +140,53 @@ class BoundBodies:
     @staticmethod
     def _too_large(max_bytes: int) -> ApiError:
         return ApiError(413, f"the body is larger than {max_bytes} bytes, the most that is allowed")
+
+
+class CountRequests:
+    """Counts requests and their seconds by endpoint. What is only there to watch the server is not counted."""
+
+    UNCOUNTED = frozenset(("/health", "/ping", "/version", "/metrics", "/favicon.ico"))
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self.UNCOUNTED:
+            await self._app(scope, receive, send)
+            return
+        begin, status = time.monotonic(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            # The path as it is declared: a path that clients make up must not become a label.
+            handler = getattr(scope.get("route"), "path", "none")
+            self._metrics.http_request(handler, scope["method"], status, time.monotonic() - begin)
+
+
+class NameRequests:
+    """Gives every answer a header X-Request-Id: the one of the request, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if re.fullmatch("[A-Za-z0-9_.:-]{1,128}", given) else uuid.uuid4().hex
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        await self._app(scope, receive, named)

@@ -25,7 +25,6 @@ MAX_ERROR_CHARS = 500
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
     "function_call": ("none",),
@@ -249,11 +248,15 @@ class Message(Body):
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = Field(None, max_length=256)
 
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know messages: text is one string, a tool call's arguments are an object."""
+    def for_template(self, *, as_parts: bool = False) -> dict[str, Any]:
+        """As chat templates know messages: text is one string, or with `as_parts` a list of parts; a tool call's
+        arguments are an object."""
         role = "system" if self.role == "developer" else self.role
-        content = self.content
-        if isinstance(content, list):
+        content: Any = self.content
+        if as_parts:
+            texts = [content] if isinstance(content, str) else [part.text for part in content or []]
+            content = [{"type": "text", "text": text} for text in texts]
+        elif isinstance(content, list):
             content = "".join(part.text for part in content)
         message: dict[str, Any] = {"role": role, "content": content if content is not None else ""}
         if self.name is not None:
@@ -314,10 +317,8 @@ class ChatCompletionRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None  # false: the first call only
     add_generation_prompt: bool = True
     add_special_tokens: bool = False  # the template has written them already
+    chat_template: str | None = Field(None, max_length=2**20)  # only where the server trusts its clients
     chat_template_kwargs: dict[str, Any] | None = None
-
-    def template_messages(self) -> list[dict[str, Any]]:
-        return [message.for_template() for message in self.messages]
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """`defaults` are the model's. Raises InvalidRequest for values that are not acceptable."""

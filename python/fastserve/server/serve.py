@@ -14,26 +14,32 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from fastserve.async_llm import AsyncLLM
-from fastserve.errors import FastserveError
+from fastserve.chat_template import MAX_TEMPLATE_CHARS
+from fastserve.errors import FastserveError, InvalidRequest
+from fastserve.json_file import Fields, read_bytes, read_json_object
+from fastserve.model_config import GENERATION_FILE, GenerationDefaults
 from fastserve.server.app import make_app
 from fastserve.server.batches import Batches
 from fastserve.server.metrics import Metrics
 from fastserve.server.options import ServeOptions
 from fastserve.server.service import Service
+from fastserve.server.stats_log import StatsLog
 
 log = logging.getLogger("fastserve.server")
 
-MAX_HEADER_BYTES = 64 * 1024
 FLUSH_S = 5  # for the last bytes of answers, once nothing is generated any more
 
 
@@ -45,9 +51,51 @@ def make_service(llm: AsyncLLM, model: str, options: ServeOptions) -> Service:
     def num_open() -> int:
         return service.num_open
 
-    metrics = Metrics(llm, names[0], num_open, options.enable_vllm_metrics)
-    service = Service(llm, names, metrics, max_step_s=options.max_step_seconds, tool_format=options.tool_call_parser)
+    _set_up_prompts(llm, options)
+    metrics = Metrics(llm, names[0], num_open, options.enable_vllm_metrics, options.custom_histogram_buckets)
+    service = Service(
+        llm,
+        names,
+        metrics,
+        max_step_s=options.max_step_seconds,
+        tool_format=options.tool_call_parser,
+        auto_tools=options.enable_auto_tool_choice,
+        max_num_queued_tokens=options.max_num_queued_tokens,
+        log_requests=options.enable_log_requests,
+        max_log_len=options.max_log_len,
+    )
     return service
+
+
+def _set_up_prompts(llm: AsyncLLM, options: ServeOptions) -> None:
+    """The chat template and the sampling defaults that the flags name. Raises FastserveError."""
+    loaded = llm.loaded
+    if options.chat_template is not None:
+        text, path = options.chat_template, Path(options.chat_template)
+        if "{" not in text:  # no Jinja text at all
+            text = read_bytes(path, MAX_TEMPLATE_CHARS).decode("utf-8", "replace")
+        llm.get_tokenizer().chat_templates["default"] = text
+    loaded.content_parts = options.chat_template_content_format == "openai"
+    defaults = loaded.model_config.generation
+    if options.generation_config == "vllm":
+        defaults = GenerationDefaults()
+    elif options.generation_config != "auto":
+        defaults = _generation(read_json_object(Path(options.generation_config) / GENERATION_FILE))
+    if options.override_generation_config:
+        if unknown := sorted(set(options.override_generation_config) - {one.name for one in fields(defaults)}):
+            known = ", ".join(one.name for one in fields(defaults))
+            raise FastserveError(f"--override-generation-config: {unknown[0]!r:.80} is not known; known are {known}")
+        given = {name: value for name, value in asdict(defaults).items() if value is not None}
+        defaults = _generation({**given, **options.override_generation_config})
+    loaded.model_config = replace(loaded.model_config, generation=defaults)
+    try:
+        loaded.default_sampling_params()
+    except InvalidRequest as error:
+        raise FastserveError(f"the sampling defaults: {error}") from None
+
+
+def _generation(given: dict[str, Any]) -> GenerationDefaults:
+    return GenerationDefaults.from_fields(Fields(GENERATION_FILE, given))
 
 
 def make_batches(service: Service, options: ServeOptions) -> Batches | None:
@@ -81,7 +129,12 @@ def http_server(app: FastAPI, options: ServeOptions) -> HttpServer:
             log_level="warning",
             access_log=options.access_log,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=options.h11_max_incomplete_event_size,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile_password=options.ssl_keyfile_password,
+            ssl_ca_certs=options.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if options.ssl_ca_certs else ssl.CERT_NONE,
             timeout_graceful_shutdown=FLUSH_S,
         )
     )
@@ -92,7 +145,10 @@ def serve(model: str, options: ServeOptions) -> int:
     logging.basicConfig(
         level=options.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    logging.getLogger("uvicorn.access").setLevel(logging.INFO if options.access_log else logging.WARNING)
+    unlogged = frozenset(options.disable_access_log_for_endpoints)
+    # uvicorn logs (client, method, path with its query, version, status).
+    logging.getLogger("uvicorn.access").addFilter(lambda record: _path(record.args) not in unlogged)
+    _check_certificates(options)
     begin = time.monotonic()
     llm = AsyncLLM(model, tokenizer=options.tokenizer, **options.engine_options())
     try:
@@ -101,20 +157,42 @@ def serve(model: str, options: ServeOptions) -> int:
         llm.close()
 
 
+def _path(arguments: Any) -> str:
+    return str(arguments[2]).partition("?")[0] if isinstance(arguments, tuple) and len(arguments) == 5 else ""
+
+
+def _check_certificates(options: ServeOptions) -> None:
+    """Raises FastserveError before the model is loaded."""
+    if (options.ssl_keyfile or options.ssl_ca_certs) and not options.ssl_certfile:
+        raise FastserveError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).is_file():
+            raise FastserveError(f"--{name.replace('_', '-')} {path}: no such file")
+
+
 async def _serve(llm: AsyncLLM, model: str, options: ServeOptions, begin: float) -> int:
     service = make_service(llm, model, options)
     batches = make_batches(service, options)
     server = http_server(make_app(service, options, batches), options)
+    if options.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # uvicorn has just set it
     lifecycle = Lifecycle(service, server, options, batches)
     lifecycle.install()
     sockets = _listen(options)
     for line in llm.loaded.runner.memory_plan.table().splitlines():
         log.info("%s", line)
-    where = options.uds or "http://{}:{}".format(*sockets[0].getsockname()[:2])
+    scheme = "https" if options.ssl_certfile else "http"
+    where = options.uds or "{}://{}:{}".format(scheme, *sockets[0].getsockname()[:2])
     log.info("model %s ready after %.1f s on %s", service.model_names[0], time.monotonic() - begin, where)
     if options.host not in ("127.0.0.1", "localhost", "::1") and not options.uds and not options.api_key:
         log.warning("listening on %s without an API key: whoever reaches this port can use the model", options.host)
+    stats_log = (
+        None if options.disable_log_stats else asyncio.create_task(StatsLog(service).run(options.log_stats_interval))
+    )
     await server.serve(sockets=sockets)
+    if stats_log is not None:
+        stats_log.cancel()
     return lifecycle.status()
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastserve.server")
 
+AnyRequest = CompletionRequest | ChatCompletionRequest
 MAX_COMPILE_S = 10.0
 
 
@@ -42,15 +43,23 @@ class Service:
         *,
         max_step_s: float = float("inf"),
         tool_format: str | None = None,
+        auto_tools: bool = True,
+        max_num_queued_tokens: int | None = None,
+        log_requests: bool = False,
+        max_log_len: int = 200,
     ) -> None:
         self.llm = llm
-        # How this model writes calls of tools; None = not known.
-        self.tool_format = tool_format or format_of_template(self.tokenizer.chat_template)
+        # How this model writes calls of tools; None = not known, or the model may not decide to call one.
+        self.tool_format = (tool_format or format_of_template(self.tokenizer.chat_template)) if auto_tools else None
         self.model_names = model_names
         self.metrics = metrics
         self.draining = False
         self.num_open = 0  # sequences that were admitted and have not ended
+        self.num_coming_tokens = 0  # of prompts that are admitted and not in the engine's queue yet
         self._max_step_s = max_step_s
+        self._max_num_queued_tokens = max_num_queued_tokens
+        self._log_requests = log_requests
+        self._max_log_len = max_log_len
         self._ids = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -78,8 +87,8 @@ class Service:
 
     # -- admission --------------------------------------------------------------------------------------------------
 
-    async def admit(self, model: str | None, num_sequences: int) -> None:
-        """Refuses what cannot be served now, before any work is done for it; else `release` must follow."""
+    async def admit(self, model: str | None, num_sequences: int) -> Ticket:
+        """Refuses what cannot be served now, before any work is done for it; else the ticket must be closed."""
         self.check_model(model)
         await self.check_health()
         limit = self.llm.loaded.config.max_num_queued_requests
@@ -89,13 +98,26 @@ class Service:
         if num_waiting + num_sequences > limit:
             self.metrics.refused.inc()
             raise QueueFull(f"{num_waiting} requests are waiting, at most {limit} may; try again later")
-        self._open(num_sequences)
+        self._check_tokens(1)
+        return Ticket(self, num_sequences)
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        """Raises QueueFull when so many more may not wait."""
+        limit = self._max_num_queued_tokens
+        if limit is None:
+            return
+        if num_tokens > limit:
+            raise ApiError(400, f"{num_tokens} tokens (prompts times n) in one request; at most {limit} can wait")
+        waiting = self.llm.loaded.engine.scheduler.num_waiting_tokens + self.num_coming_tokens
+        if waiting + num_tokens > limit:
+            self.metrics.refused.inc()
+            raise QueueFull(f"{waiting} tokens of prompts are waiting, at most {limit} may; try again later")
 
     def _open(self, num_sequences: int) -> None:
         self.num_open += num_sequences
         self._idle.clear()
 
-    def release(self, num_sequences: int) -> None:
+    def _release(self, num_sequences: int) -> None:
         self.num_open -= num_sequences
         if self.num_open == 0:
             self._idle.set()
@@ -111,15 +133,11 @@ class Service:
 
     # -- prompts ----------------------------------------------------------------------------------------------------
 
-    async def completion_job(self, request: CompletionRequest, arrival_s: float) -> Job:
-        return await self._job(request, arrival_s)
-
-    async def chat_job(self, request: ChatCompletionRequest, arrival_s: float) -> Job:
-        return await self._job(request, arrival_s)
-
-    async def _job(self, request: CompletionRequest | ChatCompletionRequest, arrival_s: float) -> Job:
+    async def job(self, request: AnyRequest, arrival_s: float, ticket: Ticket) -> Job:
+        """Raises InvalidRequest, ApiError, and QueueFull when too many tokens wait."""
         job = await asyncio.to_thread(make_job, self.llm.loaded, request, arrival_s, self.tool_format)
         await self._compile(job.params)
+        ticket.hold_tokens(sum(len(prompt.token_ids) for prompt in job.prompts) * job.params.n)
         return job
 
     async def _compile(self, params: SamplingParams) -> None:
@@ -138,13 +156,13 @@ class Service:
 
     # -- generation -------------------------------------------------------------------------------------------------
 
-    async def run(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async def run(self, job: Job, ticket: Ticket) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """The outputs of all prompts of a job, with the prompt's index, as they come.
 
         Raises FastserveError for a sequence that failed; the other prompts of the job are then aborted.
         """
         if len(job.prompts) == 1:
-            async with contextlib.aclosing(self._run_one(job, job.prompts[0])) as outputs:
+            async with contextlib.aclosing(self._run_one(job, job.prompts[0], ticket)) as outputs:
                 async for output in outputs:
                     yield 0, output
             return
@@ -152,7 +170,7 @@ class Service:
 
         async def pump(index: int, prompt: Prompt) -> None:
             try:
-                async with contextlib.aclosing(self._run_one(job, prompt)) as outputs:
+                async with contextlib.aclosing(self._run_one(job, prompt, ticket)) as outputs:
                     async for output in outputs:
                         queue.put_nowait((index, output))
                 queue.put_nowait((index, None))
@@ -175,11 +193,17 @@ class Service:
                 task.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _run_one(self, job: Job, prompt: Prompt) -> AsyncGenerator[RequestOutput, None]:
+    async def _run_one(self, job: Job, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[RequestOutput, None]:
         request = job.request
         kind = "chat" if isinstance(request, ChatCompletionRequest) else "cmpl"
         account = _Account(f"{kind}-{next(self._ids)}", job.params, job.arrival_s)
-        how = {"priority": request.priority, "cache_salt": request.cache_salt or ""}
+        how: dict[str, Any] = {"priority": request.priority, "cache_salt": request.cache_salt or ""}
+        if self._max_num_queued_tokens is not None:
+            loop, num_tokens = asyncio.get_running_loop(), len(prompt.token_ids) * job.params.n
+            how["on_queued"] = lambda: loop.call_soon_threadsafe(ticket.release_tokens, num_tokens)
+        if self._log_requests:
+            shown = self.tokenizer.decode(prompt.token_ids, False)[: self._max_log_len]
+            log.info("request %s prompt=%r %s", account.request_id, shown, job.params)
         async with contextlib.aclosing(self._accounted(account, prompt.token_ids, job.params, how)) as outputs:
             async for output in outputs:
                 if output.error is not None:
@@ -203,7 +227,7 @@ class Service:
                 async for output in outputs:
                     yield output
         finally:
-            self.release(prompt.params.n)
+            self._release(prompt.params.n)
 
     async def _accounted(
         self, account: _Account, token_ids: list[int], params: SamplingParams, how: dict[str, Any]
@@ -225,6 +249,31 @@ class Service:
                 account.close(len(token_ids), self.metrics)
 
 
+class Ticket:
+    """What an admitted request takes up in the queue, from its admission to its end."""
+
+    def __init__(self, service: Service, num_sequences: int) -> None:
+        self._service = service
+        self._num_sequences = num_sequences
+        self._num_tokens = 0
+        service._open(num_sequences)
+
+    def hold_tokens(self, num_tokens: int) -> None:
+        """Counts the tokens of its prompts until the engine does. Raises QueueFull."""
+        self._service._check_tokens(num_tokens)
+        self._num_tokens = num_tokens
+        self._service.num_coming_tokens += num_tokens
+
+    def release_tokens(self, num_tokens: int) -> None:
+        released = min(num_tokens, self._num_tokens)
+        self._num_tokens -= released
+        self._service.num_coming_tokens -= released
+
+    def close(self) -> None:
+        self.release_tokens(self._num_tokens)
+        self._service._release(self._num_sequences)
+
+
 class _Account:
     """What the log and the metrics say about one prompt's generation. All times are of one monotonic clock."""
 
@@ -234,7 +283,7 @@ class _Account:
         self.error: BaseException | None = None
         self._params = params
         self._arrival_s = arrival_s
-        self._num_output = 0
+        self._num_outputs: dict[int, int] = {}  # tokens by completion
         self._last_s: float | None = None
         self._first_s: float | None = None
         self._output: RequestOutput | None = None
@@ -243,8 +292,11 @@ class _Account:
         now = time.monotonic()
         self._output = output
         self.error = output.error
-        num_new = sum(len(completion.token_ids) for completion in output.outputs)
-        self._num_output += num_new
+        num_new = 0
+        for completion in output.outputs:
+            count = self._num_outputs.get(completion.index, 0) + len(completion.token_ids)
+            self._num_outputs[completion.index] = count
+            num_new += len(completion.token_ids)
         if num_new:
             if self._first_s is None:
                 first_s = None if output.metrics is None else output.metrics.first_token_s
@@ -269,9 +321,17 @@ class _Account:
         log.log(
             level,
             "request %s finished reason=%s prompt=%d cached=%d output=%d ttft=%s time=%.3fs%s",
-            self.request_id, reason, num_prompt, cached, self._num_output, ttft, total_s, cause,
+            self.request_id, reason, num_prompt, cached, sum(self._num_outputs.values()), ttft, total_s, cause,
         )  # fmt: skip
         times = None if self._output is None else self._output.metrics
         metrics.request_finished(
-            reason, self._params, num_prompt, cached, self._num_output, total_s, self._first_s, times, now
+            reason,
+            self._params,
+            num_prompt,
+            cached,
+            list(self._num_outputs.values()),
+            total_s,
+            self._first_s,
+            times,
+            now,
         )
