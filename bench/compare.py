@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """fastserve beside other engines on this machine: same prompts, same token counts, same threads, runs in turns.
 
-    python bench/compare.py --engine fastserve:build/models/smollm2-135m \\
-        --engine transformers:build/models/smollm2-135m \\
-        --engine openvino:model.gguf:build/peers/openvino/bin/python --workload single --workload batch32
+    python bench/compare.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --peer llamacpp=llama.cpp/build/bin \\
+        --peer openvino=openvino/bin/python --peer vllm=vllm/bin/python --peer transformers=transformers/bin/python
 
-An engine is KIND:MODEL[:PYTHON], with the Python of an environment where it is installed (pip install openvino-genai;
-pip install transformers torch). Each runs in a process of its own, all at once, and computes only when it is its turn,
-so that drift of the machine meets all alike. Prompts are real text, cut by the tokenizer of --tokenizer; end-of-text is
-ignored. Every workload runs `--repeat` times with other text; a run is preceded by the same prompts for a single token
-elsewhere in the text, whose time is taken off where decoding is wanted. Figures are medians with their range, beside
-the floors: bytes at the measured read rate, operations at the measured product rate. Writes NAME.json and NAME.md, and
-NAME.png where matplotlib is installed.
+Peers are optional (docs/performance.md says how to install them): a Python where the engine is installed, or the folder
+of llama.cpp's programs. fastserve runs as bfloat16 and as int4. llama.cpp runs as Q4_0, Q8_0, BF16 and the given Q4_1
+file; what is missing is made of that file with llama-quantize, beside the results.
+
+Every engine is in a process of its own and computes only when it is its turn, so that drift of the machine meets all
+alike. Prompts are real text, no two runs begin alike, end-of-text is ignored. A decode figure leaves the prompts out:
+the time of as many other prompts with one token each is taken off. A run is repeated up to --repeat times while its
+repetitions took less than --budget seconds, and stopped after --limit seconds.
+
+What is measured is kept in OUT.json after every run, and the same command goes on from there, so a comparison may be
+made in parts (--workload, --engine). OUT.md has the tables, OUT-*.png the plots where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -20,267 +23,346 @@ import argparse
 import json
 import os
 import platform
-import statistics
+import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from compare_engines import EngineError, LlamaEngine, Run, WorkerEngine
+from compare_report import markdown, write_plots
+from compare_serving import Server, fastserve_server, llama_server, load, running, vllm_server, write_trace
+from compare_workloads import MODES, WORKLOADS, Shape, demand_of, floor_of, machine_rates
 
 from fastserve import __version__
-from fastserve.bench.offline import QUIET_SHARE, busy_seconds, cut_prompts, english_text
+from fastserve.bench.offline import busy_seconds, english_text
 from fastserve.doctor import cpu_name
 from fastserve.tokenizer import Tokenizer
 
-FOLDER = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Workload:
-    num: int
-    length: int  # own tokens of a prompt
-    num_output: int
-    figure: str  # decode, prefill (tokens/s) or total (seconds)
-    num_shared: int = 0
-
-
-WORKLOADS = {
-    "single": Workload(1, 128, 128, "decode"),
-    "prefill512": Workload(1, 512, 1, "prefill"),
-    "prefill2048": Workload(1, 2048, 1, "prefill"),
-    "batch8": Workload(8, 128, 128, "decode"),
-    "batch32": Workload(32, 128, 128, "decode"),
-    "batch64": Workload(64, 128, 128, "decode"),
-    "shared": Workload(64, 32, 64, "total", num_shared=1024),
+PEERS = ("llamacpp", "openvino", "vllm", "transformers")
+SERVED = ("capacity", "trace")
+ALL = (*WORKLOADS, "startup", *SERVED, "parts", "quality")
+WITHOUT = {  # what takes minutes and tells nothing: an engine that does not keep prefixes, slower twins of an engine
+    "transformers": ("batch64", "shared_cold", "shared_warm", "neighbour"),
+    "llama.cpp q4_1": ("batch32", "batch64", "prefill2048", "neighbour", "shared_cold", "shared_warm"),
+    "llama.cpp q8_0": ("batch32", "neighbour", "shared_cold", "shared_warm"),
+    "llama.cpp bf16": ("neighbour", "shared_cold", "shared_warm"),
 }
-UNITS = {"decode": "tok/s", "prefill": "tok/s", "total": "s"}
+QUALITY_CONTEXT = 1024
+Engine = WorkerEngine | LlamaEngine
 
 
-class Engine:
-    def __init__(self, given: str, threads: int, log: Path) -> None:
-        kind, model, *python = given.split(":")
-        self.kind = kind
-        worker = [python[0] if python else sys.executable, str(FOLDER / "engine_worker.py")]
-        self.command = [*worker, kind, model, "--threads", str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            env=environment,
-        )
-        self.about = self._read()
-        self.name = f"{self.about['name']}, {Path(model).name}"
-        self.peak_bytes = 0
+class Results:
+    """OUT.json: {"machine", "about", "cells": {workload: {engine: {"runs": [...], "problem": text}}}}."""
 
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{' '.join(self.command)}: the process ended; its log is beside the results")
-        return json.loads(line)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"cells": {}, "about": {}, "machine": {}}
+        if path.exists():
+            self.data = json.loads(path.read_text())
 
-    def run(self, prompts: list[list[int]], num_output: int) -> float:
-        """Seconds; NaN, with a message, if the engine fails or does not make the tokens asked for."""
-        assert self.process.stdin is not None
-        print(json.dumps({"prompts": prompts, "num_output": num_output}), file=self.process.stdin, flush=True)
-        answer = self._read()
-        if "error" in answer or answer["counts"] != [num_output] * len(prompts):
-            print(f"  {self.name}: {answer.get('error') or answer['counts']}", file=sys.stderr)
-            return float("nan")
-        self.peak_bytes = answer["peak_bytes"]
-        return float(answer["seconds"])
+    def runs(self, workload: str, engine: str) -> list[dict[str, Any]]:
+        return list(self._cell(workload, engine)["runs"])
 
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def failed(self, workload: str, engine: str) -> bool:
+        return "problem" in self._cell(workload, engine)
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+    def add(self, workload: str, engine: str, run: dict[str, Any]) -> None:
+        cell = self._cell(workload, engine)
+        cell["runs"].append(run)
+        cell.pop("problem", None)
+        self.save()
+        others = f"others {100 * run['others']:.0f} %" if "others" in run else ""
+        print(f"  {workload:12} {engine:24} {run['value']:9.2f}  {others}", flush=True)
+
+    def fail(self, workload: str, engine: str, problem: str) -> None:
+        self._cell(workload, engine)["problem"] = problem
+        self.save()
+        print(f"  {workload:12} {engine:24} {problem}", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n")
+        partial.rename(self.path)
+
+    def _cell(self, workload: str, engine: str) -> dict[str, Any]:
+        cell: dict[str, Any] = self.data["cells"].setdefault(workload, {}).setdefault(engine, {"runs": []})
+        return cell
 
 
-def one_run(engine: Engine, workload: Workload, ids: list[int], turn: int) -> tuple[float, float, float]:
-    """(the workload's figure, the share of the machine that other processes took, CPU seconds of the engine)"""
-    w = workload
-    stride = 2 * w.num * (w.length + w.num_shared)
-    prompts = cut_prompts(ids, w.num, w.length, w.num_shared, offset=turn * stride)
-    others = cut_prompts(ids, w.num, w.length, w.num_shared, offset=turn * stride + stride // 2)
-    first = engine.run(others, 1) if w.figure == "decode" else 0.0
-    busy, own, begin = busy_seconds(), engine.cpu_seconds(), time.perf_counter()
-    seconds = engine.run(prompts, w.num_output)
-    spent = engine.cpu_seconds() - own
-    foreign = busy_seconds() - busy - spent
-    share = max(0.0, foreign / (time.perf_counter() - begin) / (os.cpu_count() or 1))
-    if w.figure == "decode":
-        return w.num * (w.num_output - 1) / (seconds - first), share, spent
-    if w.figure == "prefill":
-        return w.num * w.length / seconds, share, spent
-    return seconds, share, spent
+def make_engines(a: argparse.Namespace, peers: dict[str, str], out: Path) -> tuple[list[Engine], dict[str, str]]:
+    """The engines, and of each the mode in which it holds the weights (see MODES)."""
+    engines: list[Engine] = []
+    modes: dict[str, str] = {}
+
+    def log(name: str) -> Path:
+        return out.with_name(f"{out.name}.{name.replace(' ', '-')}.log")
+
+    def worker(name: str, kind: str, model: str, python: str, mode: str) -> None:
+        engines.append(WorkerEngine(name, kind, model, python, a.threads, log(name)))
+        modes[name] = mode
+
+    worker("fastserve int4", "fastserve", a.int4, sys.executable, "int4")
+    worker("fastserve bf16", "fastserve", a.model, sys.executable, "bf16")
+    if "llamacpp" in peers:
+        programs = Path(peers["llamacpp"])
+        for form in ("q4_0", "q4_1", "q8_0", "bf16"):
+            name = f"llama.cpp {form}"
+            engines.append(LlamaEngine(name, gguf_of(a, form, programs, out), programs, a.threads, log(name)))
+            modes[name] = {"q4_0": "int4", "q4_1": "int4", "q8_0": "int8"}.get(form, form)
+    if "openvino" in peers:
+        form = "q8_0" if "llamacpp" in peers else "q4_1"
+        file = gguf_of(a, form, Path(peers.get("llamacpp", "")), out)
+        worker(f"openvino {form}", "openvino", file, peers["openvino"], "int8" if form == "q8_0" else "int4")
+    for kind in ("vllm", "transformers"):
+        if kind in peers:
+            worker(f"{kind} bf16", kind, a.model, peers[kind], "bf16")
+    return engines, modes
 
 
-def machine_rates(threads: int) -> tuple[float, float]:
-    """(bytes/s of a plain read, operations/s of torch's best bfloat16 product), now."""
-    torch.set_num_threads(threads)
-    memory, matrix = torch.ones(2**27), torch.randn(2048, 2048).bfloat16()
-
-    def best(work: Any, count: int) -> float:
-        times = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return memory.numel() * 4 / best(memory.sum, 5), 2 * 2048**3 / best(lambda: matrix @ matrix, 5)
-
-
-def floor_of(workload: Workload, config: dict[str, Any], read: float, product: float) -> float:
-    """The figure of an engine with bfloat16 weights and cache that only waits for memory or multipliers."""
-    h, m, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    dim = config.get("head_dim") or h // heads
-    blocks = layers * (h * dim * (2 * heads + 2 * kv_heads) + 3 * h * m)
-    head = h * config["vocab_size"]
-    kv_bytes = layers * 2 * kv_heads * dim * 2
-    attention = layers * 4 * heads * dim  # operations per (query, key)
-
-    def step(num: int, context: int, shared: int) -> float:
-        read_s = (2 * (blocks + head) + kv_bytes * (shared + num * (context - shared))) / read
-        return max(read_s, num * (2 * (blocks + head) + attention * context) / product)
-
-    def prefill(tokens: int, context: int) -> float:
-        return tokens * (2 * blocks + attention * context / 2) / product
-
-    w = workload
-    if w.figure == "decode":
-        return w.num / step(w.num, w.length + w.num_output // 2, 0)
-    if w.figure == "prefill":
-        return w.length / prefill(w.length, w.length)
-    context = w.num_shared + w.length
-    fill = prefill(w.num_shared, w.num_shared) + w.num * w.length * (2 * blocks + attention * context) / product
-    return fill + w.num_output * step(w.num, context + w.num_output // 2, w.num_shared)
+def gguf_of(a: argparse.Namespace, form: str, programs: Path, out: Path) -> str:
+    """The given Q4_1 file, or one made of it."""
+    if not a.gguf:
+        raise SystemExit("--peer llamacpp and --peer openvino need --gguf, the model as a Q4_1 GGUF file")
+    if form == "q4_1":
+        return str(a.gguf)
+    file = out.with_name(f"model.{form}.gguf")
+    if not file.exists():
+        partial = file.with_suffix(".partial")
+        command = [str(programs / "llama-quantize"), "--allow-requantize", str(a.gguf), str(partial), form]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        partial.rename(file)
+    return str(file)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['system']}; {report['repeat']} runs each, in turns; "
-        f"read {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, bf16 product {machine['flops_per_s'] / 1e9:.0f} GFLOP/s.",
-        "Medians (range); * = other processes took more than 6 % of the machine in the median run.",
-        "",
-        "| engine | " + " | ".join(f"{name} ({UNITS[WORKLOADS[name].figure]})" for name in report["workloads"]) + " |",
-        "| --- |" + " --- |" * len(report["workloads"]),
-        "| limit of the machine, bf16 | " + " | ".join(f"{floor:.1f}" for floor in report["floors"].values()) + " |",
-    ]
-    for engine in report["engines"]:
-        cells = []
-        for name in report["workloads"]:
-            values = engine["figures"][name]
-            mark = "*" if engine["others"][name] > QUIET_SHARE else ""
-            cells.append(f"{statistics.median(values):.1f}{mark} ({min(values):.1f} to {max(values):.1f})")
-        lines.append(f"| {engine['name']} | " + " | ".join(cells) + " |")
-    lines += ["", "CPU seconds of a run, prompts and all (engines that spin while they wait spend more):", ""]
-    lines += ["| engine | " + " | ".join(report["workloads"]) + " |", "| --- |" + " --- |" * len(report["workloads"])]
-    for engine in report["engines"]:
-        spent = [f"{statistics.median(engine['cpu_seconds'][name]):.2f}" for name in report["workloads"]]
-        lines.append(f"| {engine['name']} | " + " | ".join(spent) + " |")
-    lines += ["", *(f"    {engine['command']}" for engine in report["engines"])]
-    return "\n".join(lines) + "\n"
-
-
-def plot(report: dict[str, Any], file: Path) -> None:
+@contextmanager
+def neighbour(wanted: bool) -> Iterator[None]:
+    """A process that always wants a core."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    names = report["workloads"]
-    figure = Figure(figsize=(3 * len(names), 4))
-    for column, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), column + 1)
-        values = [statistics.median(engine["figures"][name]) for engine in report["engines"]]
-        axes.bar([engine["kind"] for engine in report["engines"]], values)
-        axes.axhline(report["floors"][name], color="black", linestyle="--")
-        axes.set_title(f"{name} ({UNITS[WORKLOADS[name].figure]})", fontsize=9)
-        axes.tick_params(axis="x", rotation=45, labelsize=7)
-    figure.tight_layout()
-    figure.savefig(file)
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def measured(work: Callable[[], Run], extra: float = 0.0) -> dict[str, Any]:
+    """A run with the share of the machine that other processes took, less `extra` cores."""
+    busy, begin = busy_seconds(), time.perf_counter()
+    run = work()
+    elapsed = time.perf_counter() - begin
+    cores = os.cpu_count() or 1
+    # What an engine did outside the measured seconds (the prompts before) is its own too: counted in proportion.
+    own = run.cpu_s * max(1.0, (run.seconds + run.more.get("first_s", 0.0)) / max(run.seconds, 1e-9))
+    others = max(0.0, (busy_seconds() - busy - own - extra * elapsed) / elapsed / cores)
+    return {"value": run.value, "seconds": run.seconds, "cpu_s": run.cpu_s, "peak_bytes": run.peak_bytes,
+            "others": min(others, 1.0), **run.more}  # fmt: skip
+
+
+def run_offline(
+    a: argparse.Namespace, results: Results, engines: list[Engine], names: list[str], ids: list[int]
+) -> None:
+    for turn in range(a.repeat):
+        for name in names:
+            for engine in engines:
+                w = WORKLOADS[name]
+                runs = results.runs(name, engine.name)
+                spent = sum(one["seconds"] for one in runs)
+                if len(runs) > turn or (runs and spent > a.budget) or skipped(engine.name, name):
+                    continue
+                if results.failed(name, engine.name) and not a.again:
+                    continue
+                try:
+                    engine.open(600)
+                    with neighbour(w.neighbour):
+                        one = measured(lambda e=engine, n=name, t=turn: e.run(n, t, ids, a.limit), float(w.neighbour))
+                    results.add(name, engine.name, one)
+                except EngineError as error:
+                    results.fail(name, engine.name, str(error))
+
+
+def skipped(engine: str, workload: str) -> bool:
+    return workload in WITHOUT.get(engine, WITHOUT.get(engine.split()[0], ()))
+
+
+def run_startup(a: argparse.Namespace, results: Results, engines: list[Engine]) -> None:
+    for turn in range(a.repeat):
+        for engine in engines:
+            runs = results.runs("startup", engine.name)
+            if len(runs) > turn or (runs and sum(one["seconds"] for one in runs) > a.budget):
+                continue
+            if engine.name.startswith("llama.cpp") and engine.name != "llama.cpp q4_0":
+                continue
+            try:
+                results.add("startup", engine.name, measured(lambda e=engine: e.startup(300)))
+            except EngineError as error:
+                results.fail("startup", engine.name, str(error))
+
+
+def servers_of(a: argparse.Namespace, peers: dict[str, str], out: Path) -> list[Server]:
+    servers = [
+        fastserve_server("fastserve int4", a.int4, a.threads),
+        fastserve_server("fastserve bf16", a.model, a.threads),
+    ]
+    if "llamacpp" in peers:
+        programs = Path(peers["llamacpp"])
+        servers.append(llama_server("llama.cpp q4_0", programs, gguf_of(a, "q4_0", programs, out), a.threads))
+    if "vllm" in peers:
+        servers.append(vllm_server("vllm bf16", peers["vllm"], a.model, a.threads))
+    return servers
+
+
+def run_served(a: argparse.Namespace, results: Results, servers: list[Server], names: list[str], out: Path) -> None:
+    """First every server's capacity; then all at one rate, 70 % of the best peer's (or of fastserve's, alone)."""
+    trace = out.with_name(f"{out.name}.trace.jsonl")
+    for name in (one for one in SERVED if one in names):
+        rate = None
+        if name == "trace":
+            capacity = {s.name: r[0]["value"] for s in servers if (r := results.runs("capacity", s.name))}
+            peers = [value for server, value in capacity.items() if not server.startswith("fastserve")]
+            if not capacity:
+                print("no trace: its rate follows from --workload capacity", file=sys.stderr)
+                return
+            rate = a.rate or 0.7 * max(peers or capacity.values())
+        for server in servers:
+            if results.runs(name, server.name) or (results.failed(name, server.name) and not a.again):
+                continue
+            try:
+                with running(server, out.with_name(f"{out.name}.{server.name.replace(' ', '-')}.log")) as port:
+                    load(port, trace, a.model, None, a.limit)  # what a server does once: compiling, caches
+                    figures = load(port, trace, a.model, rate, a.limit)
+                results.add(name, server.name, {"value": figures["request_throughput"], "rate": rate, **figures})
+            except EngineError as error:
+                results.fail(name, server.name, str(error))
+
+
+def run_parts(a: argparse.Namespace, results: Results) -> None:
+    for name, model in (("fastserve int4", a.int4), ("fastserve bf16", a.model)):
+        if results.runs("parts", name):
+            continue
+        command = [sys.executable, str(Path(__file__).with_name("step_profile.py")), model, "--json"]
+        command += ["--threads", str(a.threads), "--batch", "1", "--batch", "8", "--batch", "64", "--prefill", "512"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            results.fail("parts", name, done.stderr.strip().splitlines()[-1])
+            continue
+        parts = json.loads(done.stdout)
+        results.add("parts", name, {"value": next(iter(parts.values()))["ms"], "parts": parts})
+
+
+def run_quality(a: argparse.Namespace, results: Results, engines: list[Engine], text: str, out: Path) -> None:
+    """Perplexity in windows of 1,024, of tokens with at least 512 before them: llama-perplexity scores the second half
+    of windows side by side, `fastserve eval perplexity` that of windows half a window apart."""
+    file = out.with_name(f"{out.name}.text.txt")
+    file.write_text(text, encoding="utf-8")
+    for engine in engines:
+        if results.runs("quality", engine.name):
+            continue
+        if engine.kind == "fastserve":
+            command = [sys.executable, "-m", "fastserve.cli", "eval", "perplexity", engine.model, str(file)]
+            command += ["--context", str(QUALITY_CONTEXT), "--stride", str(QUALITY_CONTEXT // 2)]
+            command += ["--max-tokens", str(a.quality_tokens), "--num-threads", str(a.threads)]
+            pattern = r"tokens (?P<tokens>\d+)  perplexity (?P<value>[\d.]+)"
+        elif isinstance(engine, LlamaEngine):
+            chunks = a.quality_tokens // QUALITY_CONTEXT
+            command = [str(engine.programs / "llama-perplexity"), "-m", engine.model, "-f", str(file)]
+            command += ["-c", str(QUALITY_CONTEXT), "--chunks", str(chunks), "-t", str(a.threads)]
+            pattern = r"Final estimate: PPL = (?P<value>[\d.]+)"
+        else:
+            continue
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = re.search(pattern, done.stdout + done.stderr)
+        if done.returncode or found is None:
+            results.fail("quality", engine.name, (done.stderr.strip().splitlines() or ["no perplexity printed"])[-1])
+            continue
+        tokens = int(found["tokens"]) if "tokens" in found.groupdict() else chunks * (QUALITY_CONTEXT // 2 - 1)
+        results.add("quality", engine.name, {"value": float(found["value"]), "tokens": tokens})
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="build/models/smollm2-135m", help="model folder, bfloat16")
+    parser.add_argument("--int4", default="build/models/smollm2-135m-int4", help="the same, int4")
+    parser.add_argument("--gguf", help="the same as a Q4_1 GGUF file, for llama.cpp and OpenVINO")
+    parser.add_argument("--peer", action="append", default=[], metavar="KIND=PATH", help=f"KIND: {', '.join(PEERS)}")
+    parser.add_argument("--engine", action="append", help="only engines whose name begins so; may be repeated")
+    parser.add_argument("--workload", action="append", choices=ALL, help="may be repeated (default: all)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3, help="runs of a cell at most (default: 3)")
+    parser.add_argument(
+        "--budget", type=float, default=8, help="seconds after which a cell is not repeated (default: 8)"
+    )
+    parser.add_argument("--limit", type=float, default=150, help="seconds after which a run is stopped (default: 150)")
+    parser.add_argument(
+        "--rate", type=float, help="requests/s of the trace (default: 70 %% of the best peer's capacity)"
+    )
+    parser.add_argument("--text", help="UTF-8 file of prompts and perplexity (default: Python's language reference)")
+    parser.add_argument("--quality-tokens", type=int, default=102400, help="of the text, for llama.cpp half are scored")
+    parser.add_argument("--again", action="store_true", help="try again what failed in an earlier run")
+    parser.add_argument("--out", default="bench/results/compare", help="results are OUT.json, OUT.md, OUT-*.png")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", action="append", required=True, metavar="KIND:MODEL[:PYTHON]")
-    parser.add_argument("--workload", action="append", choices=WORKLOADS, help="may be repeated (default: all)")
-    parser.add_argument("--tokenizer", default="build/models/smollm2-135m", help="model folder, for the prompts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--text", help="a UTF-8 file to cut prompts from (default: Python's language reference)")
-    parser.add_argument("--out", default="build/compare", help="results are OUT.json, OUT.md, OUT.png")
-    arguments = parser.parse_args()
-    names = arguments.workload or list(WORKLOADS)
-    out = Path(arguments.out)
+    a = parse()
+    peers = dict(one.split("=", 1) for one in a.peer)
+    if unknown := set(peers) - set(PEERS):
+        raise SystemExit(f"--peer {min(unknown)}: is one of {', '.join(PEERS)}")
+    out = Path(a.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    ids = Tokenizer.from_dir(arguments.tokenizer).encode(english_text(arguments.text))
-    config = json.loads((Path(arguments.tokenizer) / "config.json").read_text())
+    results = Results(out.with_name(out.name + ".json"))
+    text = english_text(a.text)
+    tokenizer = Tokenizer.from_dir(a.model)
+    ids = tokenizer.encode(text)
+    names = a.workload or list(ALL)
+    engines, modes = make_engines(a, peers, out)
+    wanted = [e for e in engines if not a.engine or any(e.name.startswith(one) for one in a.engine)]
 
-    read, product = machine_rates(arguments.threads)
-    engines = []
-    for index, given in enumerate(arguments.engine):
-        engines.append(Engine(given, arguments.threads, out.with_name(f"{out.name}.{index}.log")))
-        engines[-1].run(cut_prompts(ids, 1, 16, offset=len(ids) // 2), 2)  # first-use costs
-        print(f"{engines[-1].name}: loaded in {engines[-1].about['load_s']:.1f} s", flush=True)
-    figures: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in engines]
-    shares: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in engines]
-    cpu: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in engines]
-    for turn in range(arguments.repeat):
-        for name in names:
-            for index, engine in enumerate(engines):
-                value, share, spent = one_run(engine, WORKLOADS[name], ids, turn)
-                figures[index][name].append(value)
-                shares[index][name].append(share)
-                cpu[index][name].append(spent)
-                unit = UNITS[WORKLOADS[name].figure]
-                print(f"  {name:12} {engine.name:50} {value:8.1f} {unit:6} others {100 * share:.0f} %", flush=True)
-    report = {
-        "machine": {
-            "cpu": cpu_name(),
-            "threads": arguments.threads,
-            "system": platform.platform(),
-            "read_bytes_per_s": read,
-            "flops_per_s": product,
-        },
-        "fastserve": __version__,
-        "command": " ".join(sys.argv),
-        "repeat": arguments.repeat,
-        "workloads": names,
-        "floors": {name: floor_of(WORKLOADS[name], config, read, product) for name in names},
-        "engines": [
-            {
-                "kind": engine.kind,
-                "name": engine.name,
-                "command": " ".join(engine.command),
-                "load_s": engine.about["load_s"],
-                "peak_bytes": engine.peak_bytes,
-                "figures": figures[index],
-                "cpu_seconds": cpu[index],
-                "others": {name: statistics.median(shares[index][name]) for name in names},
-            }
-            for index, engine in enumerate(engines)
-        ],
+    rates = machine_rates(a.threads)
+    before = results.data["machine"]
+    if before.get("cpu") == cpu_name() and before.get("threads") == a.threads:  # a limit is the best that was seen
+        rates = {name: max(rate, before[name]) for name, rate in rates.items()}
+    config = json.loads((Path(a.model) / "config.json").read_text())
+    results.data["machine"] = {"cpu": cpu_name(), "threads": a.threads, "system": platform.platform(), **rates}
+    results.data["fastserve"] = __version__
+    shape = Shape.of(config)
+    results.data["floors"] = {m: {n: floor_of(n, shape, MODES[m], rates) for n in WORKLOADS} for m in MODES}
+    results.data["demands"] = {
+        m: {n: one for n in WORKLOADS if (one := demand_of(n, shape, MODES[m])) is not None} for m in MODES
     }
     for engine in engines:
-        engine.close()
-    out.with_name(out.name + ".json").write_text(json.dumps(report, indent=2) + "\n")
-    out.with_name(out.name + ".md").write_text(markdown(report))
-    plot(report, out.with_name(out.name + ".png"))
-    print(markdown(report))
+        size = sum(f.stat().st_size for f in _weight_files(engine.model))
+        about = {"mode": modes[engine.name], "command": " ".join(engine.command), "weight_bytes": size}
+        results.data["about"][engine.name] = about
+    try:
+        run_offline(a, results, wanted, [name for name in names if name in WORKLOADS], ids)
+    finally:
+        for engine in wanted:
+            engine.close()
+    if "startup" in names:
+        run_startup(a, results, wanted)
+    if set(SERVED) & set(names):
+        write_trace(out.with_name(f"{out.name}.trace.jsonl"), tokenizer, ids)
+        served = [s for s in servers_of(a, peers, out) if s.name in {e.name for e in wanted}]
+        run_served(a, results, served, names, out)
+    if "parts" in names:
+        run_parts(a, results)
+    if "quality" in names:
+        run_quality(a, results, wanted, text, out)
+    results.save()
+    page = markdown(results.data)
+    out.with_name(out.name + ".md").write_text(page)
+    write_plots(results.data, out)
+    print(page)
+
+
+def _weight_files(model: str) -> list[Path]:
+    path = Path(model)
+    return [path] if path.is_file() else list(path.glob("*.safetensors"))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 Generate = Callable[[list[list[int]], int], list[int]]  # the number of new tokens of each prompt
+KV_GIB = 2  # of KV cache, where an engine lets it be set
 
 
 def fastserve(model: str, threads: int) -> tuple[str, Generate]:
     from fastserve import LLM, SamplingParams, __version__, _native
 
-    llm = LLM(model, num_threads=threads, kv_cache_memory_bytes=3 << 30, max_num_seqs=64)
+    llm = LLM(model, num_threads=threads, kv_cache_memory_bytes=KV_GIB << 30, max_num_seqs=64)
 
     def generate(prompts: list[list[int]], num_output: int) -> list[int]:
         params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True)
@@ -60,7 +61,7 @@ def openvino(model: str, threads: int) -> tuple[str, Generate]:
     import openvino_genai as genai
 
     scheduler = genai.SchedulerConfig()
-    scheduler.cache_size = 3
+    scheduler.cache_size = KV_GIB
     scheduler.max_num_seqs = 64
     scheduler.enable_prefix_caching = True
     pipeline = genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads)
@@ -78,7 +79,23 @@ def openvino(model: str, threads: int) -> tuple[str, Generate]:
     return f"openvino-genai {genai.__version__}", generate
 
 
-ENGINES = {"fastserve": fastserve, "transformers": transformers, "openvino": openvino}
+def vllm(model: str, threads: int) -> tuple[str, Generate]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all in this process, whose memory and CPU time are measured
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"  # left to itself it keeps a core for others
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(KV_GIB)
+    import vllm as library
+
+    network = library.LLM(model, dtype="bfloat16", max_model_len=4096, max_num_seqs=64, enable_prefix_caching=True)
+
+    def generate(prompts: list[list[int]], num_output: int) -> list[int]:
+        params = library.SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, detokenize=False)
+        outputs = network.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
+    return f"vllm {library.__version__} (bf16, compiled)", generate
+
+
+ENGINES = {"fastserve": fastserve, "transformers": transformers, "openvino": openvino, "vllm": vllm}
 
 
 def peak_bytes() -> int:
