@@ -39,7 +39,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, {machine['system']}, fastserve {report['fastserve']}. "
         f"Best seen: read {machine['read_bytes_per_s'] / 1e9:.1f} GB/s, bf16 product "
-        f"{machine['bf16_flops_per_s'] / 1e9:.0f} GFLOP/s, int8 product {machine['int8_ops_per_s'] / 1e9:.0f} GOP/s (torch, 2048 x 2048 x 2048).",
+        f"{machine['bf16_flops_per_s'] / 1e9:.0f} GFLOP/s, int8 product {machine['int8_ops_per_s'] / 1e9:.0f} GOP/s "
+        "(torch, 2048 x 2048 x 2048).",
         "",
     ]
     lines += _offline(report) + _memory(report) + _serving(report) + _quality(report) + _parts(report)
