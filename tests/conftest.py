@@ -25,3 +25,12 @@ def demo_int4_model_dir() -> Path:
     from fetch_demo_model import demo_model
 
     return demo_model(int4=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A test file that was skipped as a whole must not go unnoticed."""
+    reasons = {str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []) if report.longrepr}
+    for reason in sorted(one for one in reasons if "Chromium" in one):
+        terminalreporter.write_line(
+            f"WARNING: the page was not tested: {reason.removeprefix('Skipped: ')}", yellow=True, bold=True
+        )

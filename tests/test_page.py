@@ -18,7 +18,9 @@ from serving import RunningServer
 from tiny_models import make_tiny_checkpoint
 
 PROGRAM = find_chromium()
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium is installed (Debian: apt-get install chromium-headless-shell)"
+)
 
 
 @pytest.fixture(scope="module")

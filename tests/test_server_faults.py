@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from fastserve import FastserveError
 from serving import RunningServer
 from tiny_models import make_tiny_checkpoint
 
@@ -51,23 +52,43 @@ def complete(server: RunningServer, **fields: Any) -> httpx.Response:
     return server.post("/v1/completions", {**BODY, "prompt": [5, 6, 7], **fields})
 
 
+PARTS: dict[str, Any] = {
+    "runner": lambda engine: (engine._runner, "run"),
+    "sampler": lambda engine: (engine._runner.sampler, "sample"),
+    "scheduler.update": lambda engine: (engine.scheduler, "update"),
+}
+
+
 @pytest.mark.parametrize("step", [1, 2, 7])
-@pytest.mark.parametrize("part", ["runner", "sampler", "scheduler.update"])
+@pytest.mark.parametrize("part", PARTS)
 def test_a_failed_step_fails_its_requests_and_no_other(server: RunningServer, part: str, step: int) -> None:
     expected = complete(server).json()["choices"]
-    engine = server.engine
-    owner, name = {
-        "runner": (engine._runner, "run"),
-        "sampler": (engine._runner.sampler, "sample"),
-        "scheduler.update": (engine.scheduler, "update"),
-    }[part]
-    fail_at(owner, name, step)
+    fail_at(*PARTS[part](server.engine), step)
     answer = complete(server)
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "InternalServerError"
     assert complete(server).json()["choices"] == expected
     assert server.get("/health").status_code == 200
     server.wait_until_empty()
+
+
+@pytest.mark.parametrize("step", [1, 2, 6])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_failed_step_spares_those_that_wait(tiny_dir: Path, part: str, step: int) -> None:
+    with RunningServer(tiny_dir, {"block_size": 16, "num_blocks": 32, "max_num_seqs": 1}) as server:
+        expected = complete(server, prompt=[9, 8]).json()["choices"]
+        go, real = threading.Event(), server.engine.scheduler.schedule
+        server.engine.scheduler.schedule = lambda now: (go.wait(60), real(now))[1]
+        with ThreadPoolExecutor(2) as pool:
+            running = pool.submit(complete, server)
+            server.wait_until(lambda: server.engine.num_waiting == 1)
+            waiting = pool.submit(complete, server, prompt=[9, 8])
+            server.wait_until(lambda: len(server.llm._commands) == 1)
+            fail_at(*PARTS[part](server.engine), step)
+            go.set()
+        assert running.result().status_code == 500
+        assert waiting.result().json()["choices"] == expected
+        server.wait_until_empty()
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -100,6 +121,56 @@ def test_a_detokeniser_that_fails_fails_one_request_of_many(server: RunningServe
     assert len(poisoned) == 1
     assert [answer.status_code for answer in answers] == [200, 200, 500, 200]
     assert [answers[i].json()["choices"] for i in (0, 1, 3)] == [expected[i] for i in (0, 1, 3)]
+    server.wait_until_empty()
+
+
+@pytest.mark.parametrize("when", ["made", "flushed"])
+def test_a_detokeniser_that_cannot_begin_or_end_fails_its_request(server: RunningServer, when: str) -> None:
+    expected = complete(server).json()["choices"]
+    processor = server.engine._outputs
+    real = processor._make_detokenizer
+
+    def make(skip_special: bool, prompt: Any) -> Any:
+        detokenizer = real(skip_special, prompt)
+        if prompt == [9, 9]:
+            if when == "made":
+                raise Planted("planted")
+            fail_at(detokenizer, "flush", 1)
+        return detokenizer
+
+    processor._make_detokenizer = make
+    with ThreadPoolExecutor(2) as pool:
+        bad, good = pool.submit(complete, server, prompt=[9, 9]), pool.submit(complete, server)
+    assert bad.result().status_code == 500
+    assert good.result().json()["choices"] == expected
+    server.wait_until_empty()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_structure_that_cannot_be_followed_fails_its_request(server: RunningServer, step: int) -> None:
+    expected = complete(server).json()["choices"]
+    grammars = server.engine._runner.sampler.grammars
+    real = grammars.matcher
+
+    def matcher(given: Any) -> Any:
+        made = real(given)
+        compute, count = made.mask, [0]
+
+        def mask(output: Any) -> Any:
+            count[0] += 1
+            if count[0] == step:
+                raise FastserveError("planted")
+            return compute(output)
+
+        made.mask = mask
+        return made
+
+    grammars.matcher = matcher
+    structure = {"structured_outputs": {"regex": "[a-z]{9,12}"}, "ignore_eos": False}
+    with ThreadPoolExecutor(2) as pool:
+        bad, good = pool.submit(complete, server, **structure), pool.submit(complete, server)
+    assert bad.result().status_code == 500
+    assert good.result().json()["choices"] == expected
     server.wait_until_empty()
 
 
