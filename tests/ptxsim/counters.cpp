@@ -105,7 +105,8 @@ std::string to_json(const LaunchRecord& r) {
   char seconds[32];
   std::snprintf(seconds, sizeof(seconds), "%.6f", r.seconds);
   out += ", \"grid\": " + dims(r.grid) + ", \"block\": " + dims(r.block) + ", \"seconds\": " + seconds +
-         ", " + field("warp_instructions", r.warp_instructions);
+         ", " + field("dynamic_shared", r.dynamic_shared) + ", " +
+         field("warp_instructions", r.warp_instructions);
   out += ", \"by_class\": {";
   bool first = true;
   for (size_t i = 0; i < c.classes.size(); ++i) {

@@ -35,6 +35,7 @@ struct LaunchCounters {
 struct LaunchRecord {
   std::string kernel;
   uint32_t grid[3], block[3];
+  uint64_t dynamic_shared = 0;  // bytes
   uint64_t warp_instructions = 0;
   double seconds = 0;
   LaunchCounters counters;

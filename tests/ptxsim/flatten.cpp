@@ -31,8 +31,9 @@ class Flattener {
     out_.params_bytes = offset;
     append(entry_, {});
     place_module_shared();
-    for (auto& [name, placed] : dynamic_shared_)
-      placed->offset = out_.static_shared_bytes = round_up(out_.static_shared_bytes, 16);
+    for (const Placed* placed : dynamic_shared_)
+      out_.static_shared_bytes = round_up(out_.static_shared_bytes, placed->bytes);
+    for (Placed* placed : dynamic_shared_) *placed = {Space::Shared, out_.static_shared_bytes, 0};
     return std::move(out_);
   }
 
@@ -121,7 +122,9 @@ class Flattener {
   void place(const Variable& v) {
     if (out_.variables.count(v.name)) return;
     if (v.space == Space::Shared && v.is_extern && v.bytes == 0) {
-      dynamic_shared_[v.name] = &(out_.variables[v.name] = {Space::Shared, 0, 0});
+      // `bytes` is the alignment until all static variables are placed.
+      dynamic_shared_.push_back(
+          &(out_.variables[v.name] = {Space::Shared, 0, std::max<uint64_t>(v.align, 16)}));
       return;
     }
     const bool shared = v.space == Space::Shared;
@@ -144,7 +147,7 @@ class Flattener {
   const Function& entry_;
   FlatKernel out_;
   std::set<std::string> active_, used_;
-  std::map<std::string, Placed*> dynamic_shared_;
+  std::vector<Placed*> dynamic_shared_;
 };
 
 }  // namespace

@@ -11,7 +11,8 @@ namespace ptxsim {
 
 bool GlobalRaceDetector::ordered(const Warp& w, int lane, const Stamp& before) const {
   const uint32_t thread = thread_index(w, lane);
-  if (before.block == w.block->index) return w.block->race->knows(thread, before.thread, before.clock);
+  if (before.block == w.block->index && w.block->race->knows(thread, before.thread, before.clock))
+    return true;
   const auto known = known_.find(id(w.block->index, thread));
   if (known == known_.end()) return false;
   const auto other = known->second->find(before.block);
@@ -103,7 +104,7 @@ GlobalRaceDetector::Known GlobalRaceDetector::snapshot(Warp& w, int lane) {
   const uint32_t thread = thread_index(w, lane);
   const auto it = known_.find(id(w.block->index, thread));
   Known k = it == known_.end() ? Known() : *it->second;
-  k[w.block->index] = std::make_shared<std::vector<uint32_t>>(w.block->race->knowledge(thread));
+  join(k, {{w.block->index, std::make_shared<std::vector<uint32_t>>(w.block->race->knowledge(thread))}});
   w.block->race->tick(w.index);
   return k;
 }

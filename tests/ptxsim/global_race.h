@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Data races on global memory within one launch.
 //
-// Inside a block the ordering is that of RaceDetector. Between blocks it moves only by release/acquire on the
-// same address (st.release, atomics and fences around relaxed accesses): each release leaves a snapshot of
-// what the releasing thread knew.
+// Inside a block there is the ordering of RaceDetector, and there as between blocks that of release/acquire
+// on the same address (st.release, atomics and fences around relaxed accesses): each release leaves a
+// snapshot of what the releasing thread knew.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ class GlobalRaceDetector {
 
  private:
   using Clocks = std::shared_ptr<const std::vector<uint32_t>>;
-  using Known = std::map<uint32_t, Clocks>;  // other block -> clocks of its threads
+  using Known = std::map<uint32_t, Clocks>;  // block -> clocks of its threads
   using Thread = uint64_t;                   // block << 16 | thread
   static Thread id(uint32_t block, uint32_t thread) { return static_cast<uint64_t>(block) << 16 | thread; }
   struct Stamp {

@@ -308,8 +308,13 @@ void execute(const LaunchRequest& q) {
   }
   if (workspace != nullptr) memory().remove(l.grid_workspace.data());
 
-  LaunchRecord record{p.kernel,   {q.grid.x, q.grid.y, q.grid.z}, {q.block.x, q.block.y, q.block.z},
-                      l.executed, cpu_seconds() - start,          l.counters,
+  LaunchRecord record{p.kernel,
+                      {q.grid.x, q.grid.y, q.grid.z},
+                      {q.block.x, q.block.y, q.block.z},
+                      q.dynamic_shared,
+                      l.executed,
+                      cpu_seconds() - start,
+                      l.counters,
                       {}};
   for (auto& [begin, a] : memory().all())
     if (!a.name.empty() && a.read_bytes + a.written_bytes != 0) {

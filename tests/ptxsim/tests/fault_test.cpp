@@ -198,6 +198,12 @@ TEST_F(Faults, MissingOrNarrowFenceIsAGlobalRace) {
         << static_cast<int>(fence) << report();
     ptxsim_clear_report();
   }
+  for (bool with_fences : {false, true}) {
+    Buffer<int> data(std::vector<int>{0}), flag(std::vector<int>{0}), out(std::vector<int>{0});
+    launch_message_in_block(data, flag, out, with_fences);
+    EXPECT_EQ(cudaDeviceSynchronize(), with_fences ? cudaSuccess : cudaErrorLaunchFailure) << report();
+    ptxsim_clear_report();
+  }
   Buffer<int> in(std::vector<int>(1000, 1)), partial(7), out(1);
   Buffer<unsigned> counter(std::vector<unsigned>{0});
   launch_last_block_sum(in, partial, counter, out, 1000, 7, false);

@@ -21,6 +21,13 @@ std::vector<int> numbers(int n) {
   return v;
 }
 
+TEST_F(Kernel, DynamicSharedMemoryIsAligned) {
+  Buffer<int> out(std::vector<int>{-1});
+  launch_shared_alignment(out);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << report();
+  EXPECT_EQ(out.host()[0], 0);
+}
+
 TEST_F(Kernel, WarpCollectives) {
   std::vector<int> in(32);
   std::mt19937 random(1);

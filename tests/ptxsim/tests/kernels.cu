@@ -135,6 +135,29 @@ __global__ void message(int* data, int* flag, int* out, Fence fence) {
   }
 }
 
+// The first thread of the first warp sends to the first one of the second.
+__global__ void message_in_block(int* data, int* flag, int* out, bool with_fences) {
+  if (threadIdx.x == 0) {
+    *data = 42;
+    if (with_fences) __threadfence();
+    atomicExch(flag, 1);
+  } else if (threadIdx.x == 32) {
+    while (atomicAdd(flag, 0) != 1) {
+    }
+    if (with_fences) __threadfence();
+    *out = *data;
+  }
+}
+
+// Where dynamic shared memory begins, after a static variable.
+__global__ void shared_alignment(int* out) {
+  __shared__ int before;
+  extern __shared__ __align__(256) unsigned char after[];
+  before = 1;
+  after[0] = static_cast<unsigned char>(before);
+  *out = static_cast<int>(__cvta_generic_to_shared(after) % 256) + after[0] - 1;
+}
+
 __global__ void grid_sum(const int* in, int* partial, int* out, int n) {
   int sum = 0;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) sum += in[i];
@@ -501,6 +524,12 @@ void launch_fault(Fault fault, int* data, int n) {
 }
 void launch_message(int* data, int* flag, int* out, Fence fence) {
   message<<<2, 1>>>(data, flag, out, fence);
+}
+void launch_message_in_block(int* data, int* flag, int* out, bool with_fences) {
+  message_in_block<<<1, 64>>>(data, flag, out, with_fences);
+}
+void launch_shared_alignment(int* out) {
+  shared_alignment<<<1, 1, 16>>>(out);
 }
 void launch_grid_sum(const int* in, int* partial, int* out, int n, int blocks) {
   void* args[] = {&in, &partial, &out, &n};

@@ -43,6 +43,8 @@ void launch_fault_on(Fault fault, int* data, int n, int blocks);
 enum class Fence { None, Block, Device };
 void launch_message(int* data, int* flag, int* out,
                     Fence fence);  // block 0 sends, block 1 spins and reads
+void launch_message_in_block(int* data, int* flag, int* out, bool with_fences);  // from warp to warp
+void launch_shared_alignment(int* out);  // address of dynamic shared memory modulo its alignment, 256
 void launch_grid_sum(const int* in, int* partial, int* out, int n,
                      int blocks);  // cooperative: two phases with a grid barrier
 void launch_last_block_sum(const int* in, int* partial, unsigned* counter, int* out, int n, int blocks,
