@@ -53,6 +53,7 @@ class Inputs:
 
 
 def our_call(work: Workload, inputs: Inputs) -> Callable[[], None]:
+    num_blocks = 2 * _native.cuda_devices()[0]["multiprocessors"]
     plan = AttentionPlan(
         inputs.starts,
         work.seq_lens,
@@ -61,13 +62,14 @@ def our_call(work: Workload, inputs: Inputs) -> Callable[[], None]:
         group_size=HEADS // KV_HEADS,
         num_kv_heads=KV_HEADS,
         window=0,
-        num_workers=2 * _native.cuda_devices()[0]["multiprocessors"],
-        rows_per_item=64,
-        rows_per_shared_item=64,
+        num_workers=num_blocks,
+        rows_per_item=128,
+        rows_per_shared_item=128,
         rows_per_warp=16,
     )
     there = [torch.from_numpy(part.copy()).cuda() for part in (plan.items, plan.merges, plan.parts)]
-    workspace = torch.empty(plan.workspace_floats(HEADS, WIDTH), device="cuda")
+    parked = num_blocks * 128 * 4 * 2 * (WIDTH // 8 + 1)  # csrc/cuda/attention_rows.cuh
+    workspace = torch.empty(parked + plan.workspace_floats(HEADS, WIDTH), device="cuda")
     arguments: dict[str, Any] = dict(zip(("items", "merges", "parts"), there, strict=True))
     arguments |= {"out": torch.empty_like(inputs.q), "q": inputs.q, "kv_cache": inputs.cache}
     arguments |= {"block_tables": inputs.tables, "workspace": workspace, "scale": SCALE, "span": SPAN, "window": 0}

@@ -7,7 +7,11 @@ A file states a limit for each of its kernels in a comment, for all architecture
 
     // ptxas: rms_norm_kernel <= 64 registers, 256 threads
 
-(the threads of a block at usual shapes, for the occupancy in bench/cuda_report.py). The build fails if a kernel
+(the threads of a block at usual shapes, for the occupancy in bench/cuda_report.py). A line
+
+    // ptxas options: --register-usage-level=2
+
+is passed on to ptxas. The build fails if a kernel
 spills registers to memory, uses more registers than stated, or has no such line. What ptxas said is kept in the
 report; bench/cuda_report.py reads it with `read_report`.
 """
@@ -24,6 +28,9 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 USAGE = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 STATED = re.compile(r"^// ptxas: (\w+) <= (\d+) registers, (\d+) threads$", re.MULTILINE)
+
+
+OPTIONS = re.compile(r"^// ptxas options: (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,11 @@ def read_statements(source: str) -> dict[str, Statement]:
     return {name: Statement(int(registers), int(threads)) for name, registers, threads in STATED.findall(source)}
 
 
+def read_options(source: str) -> list[str]:
+    """What the source wants nvcc to be called with besides."""
+    return [f"-Xptxas={option}" for line in OPTIONS.findall(source) for option in line.split()]
+
+
 def kernel_name(symbol: str, names: list[str]) -> str | None:
     """Which of the names a mangled symbol stands for (a name is preceded by its length there)."""
     matches = [name for name in names if f"{len(name)}{name}" in symbol]
@@ -98,7 +110,8 @@ def main() -> int:
     parser.add_argument("command", nargs="+", help="the compiler call, with -Xptxas -v")
     arguments = parser.parse_args()
 
-    compiled = subprocess.run(arguments.command, stderr=subprocess.PIPE, text=True)
+    command = arguments.command + read_options(arguments.source.read_text())
+    compiled = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     kernels = read_report(compiled.stderr)
     noise = re.compile(r"^ptxas info|bytes stack frame")
     for line in compiled.stderr.splitlines():

@@ -13,7 +13,7 @@ namespace fs::cuda {
 template <int kDim>
 struct PartialRows {
   OutputFragments<kDim> out;
-  float sums[4];  // of half h in sums[2 h]
+  float sums[2];
   float max[2];
 
   __device__ __forceinline__ void clear() {
@@ -22,8 +22,7 @@ struct PartialRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[n][i] = 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
+    sums[0] = sums[1] = 0.0f;
     max[0] = max[1] = __int_as_float(0xff800000);
   }
 };
@@ -33,19 +32,16 @@ __device__ __forceinline__ float exponent_base(float max) {
   return max == __int_as_float(0xff800000) ? 0.0f : max;
 }
 
-// Scores outside each row's keys [begin, end) become -infinity; `first_key` is the key of scores[0].
-__device__ __forceinline__ void mask(ScoreFragments& scores, int first_key, const int (&begin)[2],
-                                     const int (&end)[2]) {
+// Scores of a lane's row `half` outside its keys [begin, end) become -infinity; `first_key` is the key of
+// scores[0].
+__device__ __forceinline__ void mask(ScoreFragments& scores, int half, int first_key, int begin, int end) {
   const int lane_key = first_key + lane_id() % 4 * 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int n = 0; n < kTileKeys / 8; ++n) {
 #pragma unroll
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int key = lane_key + 8 * n + i;
-        if (key < begin[half] || key >= end[half]) scores[n][2 * half + i] = __int_as_float(0xff800000);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int key = lane_key + 8 * n + i;
+      if (key < begin || key >= end) scores[n][2 * half + i] = __int_as_float(0xff800000);
     }
   }
 }
@@ -79,8 +75,7 @@ __device__ __forceinline__ void update(PartialRows<kDim>& rows, const ScoreFragm
   if (!__any_sync(kAllLanes, factors[0] != 1.0f || factors[1] != 1.0f)) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    rows.sums[2 * half] *= factors[half];
-    rows.sums[2 * half + 1] *= factors[half];
+    rows.sums[half] *= factors[half];
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
       rows.out[n][2 * half] *= factors[half];
@@ -103,21 +98,6 @@ struct Fold {
     return __fmaf_rn(b, of_b, __fmul_rn(a, of_a));
   }
 };
-
-template <int kDim>
-__device__ __forceinline__ void fold(PartialRows<kDim>& a, const PartialRows<kDim>& b, float scale) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Fold both(a.max[half], b.max[half], scale);
-    a.max[half] = both.max;
-    a.sums[2 * half] = both(a.sums[2 * half], b.sums[2 * half]);
-#pragma unroll
-    for (int n = 0; n < kDim / 8; ++n) {
-      a.out[n][2 * half] = both(a.out[n][2 * half], b.out[n][2 * half]);
-      a.out[n][2 * half + 1] = both(a.out[n][2 * half + 1], b.out[n][2 * half + 1]);
-    }
-  }
-}
 
 // What the outputs are multiplied by in the end: 0 for a row that has seen nothing.
 __device__ __forceinline__ float reciprocal_of_sum(float sum) {

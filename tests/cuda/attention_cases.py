@@ -14,14 +14,14 @@ from op_cases.attention import Groups, Shape, arguments_for, planned, reference
 from op_cases.paged_kv import cache_from, keys_and_values
 
 FORMATS = (torch.float16, torch.bfloat16)
-ROWS_PER_ITEM = 64
+ROWS_PER_ITEM = 128
 ROWS_PER_WARP = 16
 
 
 def parked_floats(dim: int) -> int:
     """What the kernel needs besides the plan's partials, on a device of 8 multiprocessors as the simulated one."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 8
-    return 2 * multiprocessors * 128 * 4 * (dim // 8 + 1)
+    return 2 * multiprocessors * 128 * 4 * 2 * (dim // 8 + 1)
 
 
 def replanned(query_start: list[int], seq_lens: list[int], shape: Shape, **options: Any) -> Arguments:

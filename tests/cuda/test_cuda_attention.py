@@ -52,6 +52,7 @@ def batch(request: pytest.FixtureRequest) -> tuple[Shape, Arguments, torch.Tenso
         (TWO_LEVELS, 2, {"rows_per_shared_item": 16}),
         (None, 64, {}),
         (None, 1, {"rows_per_item": 16}),  # chunks cut into tiles of a warp
+        (TWO_LEVELS, 2, {"rows_per_item": 64, "rows_per_shared_item": 64}),  # a tile on a warp, not two
         (None, 2, {"rows_per_item": 200}),  # items of several tiles of a block
     ],
 )

@@ -208,8 +208,7 @@ class CudaDevice:
     """An NVIDIA GPU, by torch's allocator, stream and graphs. Subclassed for the simulated device of the tests."""
 
     name = "cuda"
-    rows_per_item = 64
-    rows_per_shared_item = 64
+    rows_per_item = rows_per_shared_item = 128  # csrc/cuda/attention.cu: of a block
     rows_per_warp = 16
     has_graphs = graphs_fix_shapes = True
     has_int4, has_int8 = True, False
@@ -237,8 +236,8 @@ class CudaDevice:
         self.stage_generation = 0
 
     def attention_workspace_floats(self, head_dim: int) -> int:
-        # csrc/cuda/attention.cu: a block of 128 threads parks 16-byte vectors, outputs of 16 rows and their sums.
-        return self.attention_workers * 128 * 4 * (head_dim // 8 + 1)
+        # csrc/cuda/attention.cu: a block of 128 threads parks 16-byte vectors, outputs of two tiles and their sums.
+        return self.attention_workers * 128 * 4 * 2 * (head_dim // 8 + 1)
 
     def weight_dtype(self, asked: str, checkpoint: torch.dtype) -> torch.dtype:
         if asked == "float32":
