@@ -4,6 +4,7 @@
 // are in another order than the inputs, a small kernel first copies the activations in that order.
 //
 // ptxas: linear_int4_kernel <= 255 registers, 256 threads
+// shared: linear_int4_kernel <T, m, g, minimums, s> s * (4096 * m + 16384 + (131072 // g if g else 0))
 // ptxas: reorder_kernel <= 32 registers, 256 threads
 #include "cuda/linear_int4.cuh"
 
