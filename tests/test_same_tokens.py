@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fastserve import LLM, RequestOutput, SamplingParams, _native
+from fastserve.admission import admission_names
 from fastserve.engine.engine import Engine
 from fastserve.engine.scheduler import Scheduler
 from fastserve.policies import get_policy
@@ -48,8 +49,9 @@ class Subject:
         loaded = self.llm.loaded
         engine_config = replace(loaded.config, **config)
         num_blocks = engine_config.num_blocks or loaded.runner.num_blocks
+        policy = get_policy(engine_config.policy)
         scheduler = Scheduler(
-            engine_config, num_blocks, loaded.runner.max_model_len, loaded.runner.eos_token_ids, get_policy("fcfs")
+            engine_config, num_blocks, loaded.runner.max_model_len, loaded.runner.eos_token_ids, policy
         )
         engine = Engine(engine_config, loaded.runner, loaded.engine.clock, loaded.tokenizer, scheduler=scheduler)
         outputs: dict[str, RequestOutput] = {}
@@ -64,7 +66,7 @@ class Subject:
                 source = self.prompts[i % len(self.prompts)]
                 prompt = (source[: 5 + 13 * i], [*source[: 64 + i], i + 5], [7 + i] * (3 + 17 * i))[i % 3]
                 params = SamplingParams(temperature=i % 2, seed=i, max_tokens=4 + 3 * i, ignore_eos=True)
-                engine.add_request(f"neighbour-{i}", prompt, params)
+                engine.add_request(f"neighbour-{i}", prompt, params, priority=i % 3 - 1)
 
         def drain() -> None:
             while engine.has_work:
@@ -149,6 +151,13 @@ def test_with_any_token_budget(subject: Subject, budget: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 16, 229, 230])
 def test_with_any_chunk_size(subject: Subject, chunk: int) -> None:
     results, _ = subject.run(max_chunk_tokens=chunk)
+    assert results == subject.alone
+
+
+@pytest.mark.parametrize("admission", admission_names())
+def test_by_priority_under_any_admission(subject: Subject, admission: str) -> None:
+    """In memory for a few of them, some of the neighbours more urgent."""
+    results, _ = subject.run(neighbours=5, policy="priority", admission=admission, num_blocks=16)
     assert results == subject.alone
 
 
