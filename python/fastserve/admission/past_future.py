@@ -20,7 +20,7 @@ from fastserve.admission import Memory, blocks_at_worst, output_limit
 from fastserve.request import Request
 
 SAMPLE_SETS = 5  # independent predictions; the highest of their peaks counts
-RESERVE = 0.03  # of the cache, kept for what turns out longer than predicted
+RESERVE = 0.02  # of the cache, kept for what turns out longer than predicted
 
 
 def admit(candidate: Request, running: Sequence[Request], memory: Memory) -> bool:
