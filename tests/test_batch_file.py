@@ -7,6 +7,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import pytest
 
 from fastserve import LLM, AsyncLLM, FastserveError, SamplingParams
 from fastserve.batch_file import BadLine, ResultsFile, count_lines, parse_line, read_lines, result_line
-from fastserve.batch_job import BatchJob
+from fastserve.batch_job import BatchCounts, BatchJob
 from fastserve.cli import main
-from fastserve.run_batch import run_batch
+from fastserve.run_batch import _Progress, run_batch
 from tiny_models import make_tiny_checkpoint
 
 ENGINE: dict[str, Any] = {"block_size": 16, "num_blocks": 24, "max_num_batched_tokens": 64}
@@ -348,6 +349,22 @@ def test_killed_job_resumes_where_it_was(tiny_dir: Path, tmp_path: Path) -> None
         other = uninterrupted[number]
         assert result["custom_id"] == other["custom_id"] == str(number - 1)
         assert result["response"]["body"]["choices"] == other["response"]["body"]["choices"]
+
+
+def test_the_bar_tells_rates_the_time_left_and_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    counts = BatchCounts(20, 4, 1, 1000, 400, 300, planned_tokens=2000, shareable_tokens=900)
+    with _Progress(20, BatchCounts(0, 0, 0, 0, 0, 0, 0, 0)) as progress:
+        time.sleep(0.15)  # a bar is not drawn more often
+        progress.show(counts)
+    last = terminal.getvalue().rpartition("\r")[2]
+    assert re.search(
+        r"5/20 \[00:0\d<00:0\d, .*in \d+ tok/s, out \d+ tok/s, 40% of the prompts shared \(at best 45%\)", last
+    )
 
 
 def test_the_command_tells_by_its_status_whether_lines_failed(

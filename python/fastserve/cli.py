@@ -212,6 +212,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     group.add_argument("--max-model-len", type=int, help="longest context in tokens (default: what fits)")
     group.add_argument("--max-num-batched-tokens", type=int, help="tokens of one step")
     group.add_argument("--max-num-seqs", type=int, help="requests of one step")
+    group.add_argument("--policy", help="who starts first: fcfs or priority (default: fcfs)")
+    group.add_argument(
+        "--admission", help="who may start: past_future, aggressive or conservative (default: past_future)"
+    )
     group.add_argument("--kv-cache-memory-bytes", type=int, help="memory for the KV cache (default: planned)")
     group.add_argument("--num-threads", type=int, help="threads (default: the physical cores)")
     group.add_argument("--seed", type=int, default=0, help="seeds requests without a seed (default: 0)")
@@ -234,6 +238,7 @@ def _open(arguments: argparse.Namespace, **more: Any) -> LLM:
 
     names = ["dtype", "kv_cache_dtype", "max_model_len", "max_num_batched_tokens", "max_num_seqs"]
     names += ["quantization", "activation_dtype", "lm_head_dtype", "kv_cache_memory_bytes", "num_threads", "seed"]
+    names += ["policy", "admission"]
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return LLM(arguments.model, show_progress=sys.stderr.isatty(), **options, **more)
 
