@@ -150,6 +150,16 @@ def test_a_shared_prefix_leaves_room():
         assert not way.admit(candidate, running, make_memory(40, shared=0))
 
 
+def test_what_fits_at_worst_starts_without_a_reserve():
+    """Two groups of four that fill the memory to the last block."""
+    tables = [list(range(8)), list(range(8, 16))]
+    requests = [make_request(i, 40, max_tokens=9, blocks=tables[i % 2]) for i in range(8)]
+    memory = make_memory(16 + 8 * 4, shared=8, available=32, history=[9] * 500)
+    assert conservative.admit(requests[7], requests[:7], memory)
+    assert past_future.admit(requests[7], requests[:7], memory)
+    assert not past_future.admit(requests[7], requests[:7], replace(memory, num_blocks=47, num_available=31))
+
+
 def test_output_lengths_forget_the_oldest():
     lengths = OutputLengths(window=3, guesses=())
     for length in (5, 1, 9, 1, 4):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastserve.admission import Memory, blocks_at_worst, output_limit
+from fastserve.admission import Memory, blocks_at_worst, conservative, output_limit
 from fastserve.request import Request
 
 SAMPLE_SETS = 5  # independent predictions; the highest of their peaks counts
@@ -34,7 +34,10 @@ def admit(candidate: Request, running: Sequence[Request], memory: Memory) -> boo
     numbers = np.array([request.queue_key[-1] for request in requests], np.uint64)
     totals = predicted_lengths(np.array(memory.output_lengths), outputs, limits, uniform(numbers, SAMPLE_SETS))
     # The KV of a last token is never computed.
-    return fits(requests, np.maximum(totals - outputs - 1, 0), memory, RESERVE)
+    if fits(requests, np.maximum(totals - outputs - 1, 0), memory, RESERVE):
+        return True
+    # What fits at worst needs no reserve. The sum above has counted shared blocks many times.
+    return memory.num_shared(candidate) > 0 and conservative.admit(candidate, running, memory)
 
 
 def fits(requests: Sequence[Request], remaining: np.ndarray, memory: Memory, reserve: float) -> bool:
