@@ -69,6 +69,7 @@ class Report:
                 f"{self.finished} finished, {self.left} left, {len(self.failed)} failed, {len(self.wrong)} wrong",
                 line("TTFT", self.ttfts),
                 line("ITL", self.itls),
+                *self.failed[:5],
                 f"RSS {memory}, slope of the second half {self.rss_slope() / 1024:.1f} KiB/s",
             ]
         )

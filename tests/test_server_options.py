@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ import pytest
 
 from fastserve import FastserveError, QueueFull
 from fastserve.cli import _parser, main
+from fastserve.server.middleware import path_of
 from fastserve.server.options import ServeOptions, _spellings, read_options, variable
 from fastserve.server.serve import make_service
 from fastserve.server.stats_log import StatsLog
@@ -229,6 +231,14 @@ def test_cross_origin_methods_are_those_allowed(server: RunningServer) -> None:
 def test_a_proxy_may_show_the_server_under_a_path(server: RunningServer) -> None:
     assert server.get("/openapi.json").json()["servers"] == [{"url": "/prefix"}]
     assert server.get("/v1/models").status_code == 200
+    uploaded = httpx.post(server.url + "/v1/files", files={"file": b"{}"}, data={"purpose": "batch"})
+    assert "--batch-dir" in uploaded.json()["error"]["message"]  # known as an upload
+    for scope in (
+        {"path": "/prefix/health", "root_path": "/prefix"},
+        {"path": "/health", "root_path": "/prefix"},
+        {"path": "/health"},
+    ):
+        assert path_of(scope) == "/health"
     assert 'fetch("/' not in server.get("/").text
 
 
@@ -244,7 +254,7 @@ def test_http_requests_are_counted_by_endpoint(server: RunningServer) -> None:
     server.post("/v1/completions", {"prompt": "a", "max_tokens": 1})
     server.get("/made/up/by/a/client")
     server.get("/health")
-    assert (value(good), value(bad), value(duration)) == tuple(one + 1 for one in before)
+    server.wait_until(lambda: (value(good), value(bad), value(duration)) == tuple(one + 1 for one in before))
     assert "made/up" not in server.get("/metrics").text
     assert 'handler="/health"' not in server.get("/metrics").text
 
@@ -276,16 +286,23 @@ def test_each_request_is_accounted_for(server: RunningServer) -> None:
     assert 'time_to_first_token_seconds_bucket{engine="0",le="0.25",model_name="tiny"}' not in text
 
 
-def test_the_stats_line_says_what_happened_and_nothing_while_idle(server: RunningServer) -> None:
+def test_the_stats_line_says_what_happened_and_nothing_while_idle(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.wait_until_empty()
+    seconds = [100.0]
+    monkeypatch.setattr("fastserve.server.stats_log.time", SimpleNamespace(monotonic=lambda: seconds[0]))
     stats = StatsLog(server.service)
     assert stats.line() is None
-    stats._last = (stats._last[0] - 10, *stats._last[1:])
-    server.post("/v1/completions", {"prompt": [88] * 50, "max_tokens": 20, "ignore_eos": True})
-    line = stats.line()
-    assert line is not None
-    assert line.startswith(("prompts 5.0 tok/s, outputs 2.0 tok/s", "prompts 4.9 tok/s, outputs 2.0 tok/s"))
-    assert "waiting 0, KV cache 0.0%, prefix hits 0.0%" in line or "running 0, waiting 0" in line
+    body = {"prompt": [88] * 50, "max_tokens": 20, "ignore_eos": True}
+    for first, rates in ((True, "prefix hits 0.0%"), (False, "prefix hits 96.0%")):  # of the second, three blocks of 16
+        seconds[0] += 10
+        server.post("/v1/completions", body)
+        server.wait_until_empty()
+        line = stats.line()
+        assert line is not None
+        assert line.startswith("prompts 5.0 tok/s, outputs 2.0 tok/s, running 0, waiting 0, KV cache 0.0%, "), first
+        assert line.endswith(rates)
     assert stats.line() is None
 
 

@@ -76,7 +76,6 @@ def make_app(service: Service, options: ServeOptions, batches: Batches | None = 
         version=fastserve.__version__,
         docs_url=None,  # its pages load scripts from other servers
         redoc_url=None,
-        root_path=options.root_path,
         responses=ERRORS,
     )
     install_handlers(app)

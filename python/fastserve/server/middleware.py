@@ -22,6 +22,12 @@ OPEN_PATHS = frozenset(("/health", "/ping", "/", "/favicon.ico"))
 UPLOAD_PATH = "/v1/files"
 
 
+def path_of(scope: Scope) -> str:
+    """The path without the one under which a proxy shows this server (--root-path)."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if path.startswith(root) else path
+
+
 class RequireKey:
     """Refuses every path but OPEN_PATHS to clients without one of the keys.
 
@@ -33,7 +39,7 @@ class RequireKey:
         self._digests = [hashlib.sha256(key.encode("utf-8")).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allows(Headers(scope=scope)):
+        if scope["type"] != "http" or path_of(scope) in OPEN_PATHS or self._allows(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         error = ApiError(
@@ -70,7 +76,7 @@ class BoundBodies:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
-        if (scope["method"], scope["path"]) == ("POST", UPLOAD_PATH):
+        if (scope["method"], path_of(scope)) == ("POST", UPLOAD_PATH):
             await self._upload(scope, receive, send)
             return
         try:
@@ -152,7 +158,7 @@ class CountRequests:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in self.UNCOUNTED:
+        if scope["type"] != "http" or path_of(scope) in self.UNCOUNTED:
             await self._app(scope, receive, send)
             return
         begin, status = time.monotonic(), 500

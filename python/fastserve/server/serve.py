@@ -40,6 +40,9 @@ from fastserve.server.stats_log import StatsLog
 
 log = logging.getLogger("fastserve.server")
 
+# Longer than clients (5 s in httpx) and proxies (60 s) keep a connection that is not in use: whoever lets go first must
+# not be the one that the next request is sent to.
+KEEP_ALIVE_S = 75
 FLUSH_S = 5  # for the last bytes of answers, once nothing is generated any more
 
 
@@ -122,6 +125,7 @@ def http_server(app: FastAPI, options: ServeOptions) -> HttpServer:
             host=options.host,
             port=options.port,
             uds=options.uds,
+            root_path=options.root_path,
             http="h11",
             ws="none",
             lifespan="off",
@@ -136,6 +140,7 @@ def http_server(app: FastAPI, options: ServeOptions) -> HttpServer:
             ssl_ca_certs=options.ssl_ca_certs,
             ssl_cert_reqs=ssl.CERT_REQUIRED if options.ssl_ca_certs else ssl.CERT_NONE,
             timeout_graceful_shutdown=FLUSH_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
     )
 
