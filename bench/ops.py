@@ -133,17 +133,34 @@ def row_works() -> Iterator[Work]:
         )
 
 
-def call_overhead() -> Work:
-    """A call of five tensors and a number that does next to nothing: what the binding and the checks cost."""
+def call_overheads() -> Iterator[Work]:
+    """What the binding and the checks of an op call cost, by calls that have next to nothing to compute; and what is
+    left of it when they were recorded."""
     x, out, residual, weight = (torch.zeros(1, 1) for _ in range(4))
-    weight = weight[0]
+    norm = partial(ops.rms_norm, out, x, residual, weight[0], 1e-5)
+    yield Work("100 calls of 4 tensors", partial(repeat, norm), 0)
 
-    def hundred_calls() -> None:
-        norm = ops.rms_norm
-        for _ in range(100):
-            norm(out, x, residual, weight, 1e-5)
+    no_rows, codes, group = torch.zeros(0, 32), torch.zeros(32, 32, dtype=torch.uint8), 32
+    packed = torch.empty(_native.packed_int4_shape(32, 32, group, 0), dtype=torch.uint8)
+    ops.pack_int4(packed, codes, torch.ones(32, 1).half(), None, None, group)
+    bias, order = torch.zeros(32), torch.arange(32, dtype=torch.int32)
+    workspace = torch.zeros(_native.quantized_workspace_bytes(1, 32, 8), dtype=torch.uint8)
+    linear = partial(ops.linear_int4, no_rows, no_rows, packed, bias, order, workspace, group, 0, 8)
+    yield Work("100 calls of 6 tensors", partial(repeat, linear), 0)
 
-    return Work("rms_norm T=1 H=1, 100 calls from Python", hundred_calls, 0)
+    arrays = _native.StepArrays(
+        [0], block_size=16, span=128, group_size=1, num_kv_heads=1, rows_per_item=48, rows_per_shared_item=384,
+        rows_per_warp=0, max_decodes=0, fixed_shapes=False,
+    )  # fmt: skip
+    replayed = _native.Recording(arrays)
+    with replayed:
+        repeat(linear)
+    yield Work("100 recorded calls of 6 tensors", replayed.run, 0)
+
+
+def repeat(call: Callable[[], None]) -> None:
+    for _ in range(100):
+        call()
 
 
 def report(work: Work, anchors: Anchors, seconds: float) -> None:
@@ -172,7 +189,7 @@ def main() -> None:
     _native.set_isa(args.isa)
     anchors = Anchors(args.threads)
     print(f"{args.isa}, {args.threads} threads; median (p10 - p90) | rate | share of the anchors")
-    for work in itertools.chain([call_overhead()], row_works(), linear_works(LINEAR_SHAPES)):
+    for work in itertools.chain(call_overheads(), row_works(), linear_works(LINEAR_SHAPES)):
         if args.name in work.name:
             report(work, anchors, args.seconds)
 

@@ -4,6 +4,7 @@
     python bench/step_profile.py MODEL_FOLDER                      batch 1, 32 and 64, and a prefill of 512 tokens
     python bench/step_profile.py MODEL_FOLDER --batch 8 --context 1024
     python bench/step_profile.py MODEL_FOLDER --threads 1          CPU time: usable on a machine that others use too
+    python bench/step_profile.py MODEL_FOLDER --stream             with an output for every token, as a server has
     python bench/step_profile.py MODEL_FOLDER --eager              every op of a decode step, too
 
 Decode steps are recorded and replayed by one call, in which single ops cannot be told apart; with --eager none is.
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastserve import LLM, SamplingParams, _native
+from fastserve import LLM, RequestOutputKind, SamplingParams, _native
 from fastserve.doctor import cpu_name
 from fastserve.engine.device import CpuDevice
 
@@ -87,15 +88,17 @@ def watch_engine(clocks: Clocks, llm: LLM) -> None:
     watch(clocks, engine, "step", "python engine")
 
 
-def steps(llm: LLM, clocks: Clocks, prompts: list[list[int]], num_steps: int) -> list[dict[str, float]]:
+def steps(
+    llm: LLM, clocks: Clocks, prompts: list[list[int]], num_steps: int, kind: RequestOutputKind
+) -> list[dict[str, float]]:
     """Exclusive seconds by part, for each of `num_steps` steps: of decoding, or of the prefill if it is one."""
     engine = llm.loaded.engine
-    params = SamplingParams(temperature=0, max_tokens=num_steps + 256, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=num_steps + 256, ignore_eos=True, output_kind=kind)
+    computed = engine.stats.num_computed_tokens
     for index, prompt in enumerate(prompts):
         engine.add_request(f"profile-{index}", prompt, params)
-    started: set[str] = set()
-    while num_steps > 1 and len(started) < len(prompts):
-        started.update(output.request_id for output in engine.step())
+    while num_steps > 1 and engine.stats.num_computed_tokens < computed + sum(map(len, prompts)):
+        engine.step()
     measured = []
     if num_steps > 1:
         for _ in range(4):
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--threads", type=int, default=_native.num_physical_cores())
     parser.add_argument("--isa", choices=_native.isas(), default=_native.isa())
+    parser.add_argument("--stream", action="store_true", help="outputs as they come; else the last alone")
     parser.add_argument("--eager", action="store_true", help="without recordings")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -144,6 +148,7 @@ def main() -> None:
         max_num_batched_tokens=max([512, *(arguments.prefill or [])]),
         kv_cache_memory_bytes=1 << 30,
     )
+    kind = RequestOutputKind.DELTA if arguments.stream else RequestOutputKind.FINAL_ONLY
     clocks = Clocks(time.thread_time if arguments.threads == 1 else time.perf_counter)
     watch_engine(clocks, llm)
     ids = llm.get_tokenizer().encode(TEXT.read_text())
@@ -153,10 +158,10 @@ def main() -> None:
         print(f"{cpu_name()}, {arguments.threads} threads, {arguments.isa}; medians of a step")
     for batch in arguments.batch or []:
         prompts = [ids[i * 20 : i * 20 + arguments.context] for i in range(batch)]
-        measured = steps(llm, clocks, prompts, arguments.steps)
+        measured = steps(llm, clocks, prompts, arguments.steps, kind)
         report[f"decode, batch {batch}, context {arguments.context}"] = (measured, batch)
     for length in arguments.prefill or []:
-        measured = [steps(llm, clocks, [ids[:length]], 1)[0] for _ in range(5)]
+        measured = [steps(llm, clocks, [ids[:length]], 1, kind)[0] for _ in range(5)]
         report[f"prefill, {length} tokens"] = (measured, length)
     rows = {}
     for title, (measured, tokens) in report.items():
