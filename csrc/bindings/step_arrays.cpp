@@ -147,29 +147,28 @@ The other arguments are those of AttentionPlan.)")
           [](StepArrays& self, const py::tuple& items, int num_workers) {
             const StepReader reader(items);
             self.build(reader.requests(), num_workers);
+            return py::make_tuple(graph_key(self), self.num_rows(), self.size(), self.num_slots(),
+                                  self.num_merges());
           },
           py::arg("items"), py::arg("num_workers"),
           R"(Makes the arrays of a step. items: tuples (request, start, num_new_tokens, sample), as in a StepPlan.
 
-Raises ValueError naming what was given and what is allowed.)")
+Returns (graph_key, num_rows, size, num_slots, num_merges): what all steps have in common that one recording serves, or
+None if the step cannot be recorded; its tokens, with padding; int32 numbers that `write` writes; partial results that
+the attention workspace must hold; the most merges of a window. Raises ValueError naming what was given and what is
+allowed.)")
       .def(
           "write",
           [](StepArrays& self, py::handle memory) {
             self.write(tensor_from_python(memory.ptr(), "StepArrays.write", "memory"));
           },
           py::arg("memory"), "Copies the arrays to `memory`, a host tensor of `size` int32 or more.")
-      .def_property_readonly("size", &StepArrays::size, "int32 numbers that `write` writes.")
       .def("layout", &layout, "Of each array where it begins in the memory, in int32 numbers, and its shape.")
-      .def("graph_key", &graph_key,
-           "None: the step cannot be recorded. Else what all steps have in common that one recording serves.")
-      .def_property_readonly("num_rows", &StepArrays::num_rows, "Tokens of the step, with padding.")
       .def_property_readonly("row_starts", &StepArrays::row_starts, "The first row of each item.")
-      .def_property_readonly("num_kv_tokens", &StepArrays::num_kv_tokens, "KV tokens of all requests.")
+      .def_property_readonly("num_kv_tokens", &StepArrays::num_kv_tokens,
+                             "KV tokens of all requests of all steps so far.")
       .def_property_readonly("num_kv_tokens_spared", &StepArrays::num_kv_tokens_spared,
-                             "Of these, tokens of shared prefixes that need no second read.")
-      .def_property_readonly("num_slots", &StepArrays::num_slots,
-                             "Partial results that the attention workspace must hold.")
-      .def_property_readonly("num_merges", &StepArrays::num_merges, "The most merges of a window.");
+                             "Of these, tokens of shared prefixes that need no second read.");
 }
 
 }  // namespace fs

@@ -87,7 +87,7 @@ void StepArrays::build(std::span<const StepRequest> requests, int num_workers) {
   for (size_t w = 0; w < options_.windows.size(); ++w) {
     attention.window = options_.windows[w];
     const AttentionPlan plan(query_start_, seq_lens_, attention, found.groups);
-    if (w == 0) num_kv_tokens_spared_ = plan.num_tokens_spared();
+    if (w == 0) num_kv_tokens_spared_ += plan.num_tokens_spared();
     add_attention(plan, padded);
   }
 }
@@ -97,7 +97,6 @@ void StepArrays::place_rows(std::span<const StepRequest> requests, std::span<con
   query_start_.assign(1, 0);
   seq_lens_.clear();
   row_starts_.resize(requests.size());
-  num_kv_tokens_ = 0;
   for (const int32_t place : order) {
     const StepRequest& request = requests[static_cast<size_t>(place)];
     const auto count = static_cast<int32_t>(request.token_ids.size());

@@ -41,11 +41,11 @@ class Batch:
     `graph_key`: what a recording of this step depends on; None if it is not to be recorded.
     """
 
-    def __init__(self, builder: BatchBuilder, memory: torch.Tensor, graph_key: Hashable | None) -> None:
+    def __init__(self, builder: BatchBuilder, memory: torch.Tensor, num_rows: int, graph_key: Hashable | None) -> None:
         self._builder = builder
         self._memory = memory
+        self.num_rows = num_rows  # the step's tokens; if recorded, perhaps with padding that nobody reads
         self.graph_key = graph_key
-        self.num_rows: int = builder.arrays.num_rows  # the step's tokens; if recorded, perhaps with unread padding
 
     # Made when asked for: a step that is replayed needs none of them.
 
@@ -92,16 +92,6 @@ class Batch:
         """First row of each item of the plan, in the plan's order."""
         return self._builder.arrays.row_starts
 
-    @property
-    def num_kv_tokens(self) -> int:
-        """Of all requests."""
-        return self._builder.arrays.num_kv_tokens
-
-    @property
-    def num_kv_tokens_spared(self) -> int:
-        """Of these, tokens of shared prefixes that need no second read, by the least window."""
-        return self._builder.arrays.num_kv_tokens_spared
-
 
 class BatchBuilder:
     """Makes Batches; keeps what is the same for all steps.
@@ -134,11 +124,10 @@ class BatchBuilder:
 
     def build(self, plan: StepPlan) -> Batch:
         arrays = self.arrays
-        arrays.build(plan.items, self.device.attention_workers)
-        self._reserve(arrays.num_slots, arrays.num_merges)
-        memory = self.device.stage(arrays)
-        key = arrays.graph_key()
-        return Batch(self, memory, key and (key, self._generation, self.device.stage_generation))
+        key, num_rows, size, num_slots, num_merges = arrays.build(plan.items, self.device.attention_workers)
+        self._reserve(num_slots, num_merges)
+        memory = self.device.stage(arrays, size)
+        return Batch(self, memory, num_rows, key and (key, self._generation, self.device.stage_generation))
 
     def _reserve(self, num_slots: int, num_merges: int) -> None:
         """Room for the attention of a step. One workspace serves all layers: they run one after another."""

@@ -80,9 +80,9 @@ class Device(Protocol):
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous host tensor there, to keep."""
 
-    def stage(self, arrays: _native.StepArrays) -> torch.Tensor:
-        """The memory, int32, to which a step's arrays were brought in one copy; overwritten by the next call. It is
-        the same memory every time, on which graphs rely, unless `stage_generation` has changed."""
+    def stage(self, arrays: _native.StepArrays, size: int) -> torch.Tensor:
+        """The memory, int32, to which the `size` numbers of a step's arrays were brought in one copy; overwritten by
+        the next call. It is the same memory every time, on which graphs rely, unless `stage_generation` changed."""
 
     @property
     def stage_generation(self) -> int: ...
@@ -176,9 +176,9 @@ class CpuDevice:
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def stage(self, arrays: _native.StepArrays) -> torch.Tensor:
-        if self._staging_size < arrays.size:
-            self._staging_size = 2 * arrays.size
+    def stage(self, arrays: _native.StepArrays, size: int) -> torch.Tensor:
+        if self._staging_size < size:
+            self._staging_size = 2 * size
             self._staging = self.empty((self._staging_size,), torch.int32)
         arrays.write(self._staging)
         return self._staging
@@ -281,8 +281,7 @@ class CudaDevice:
         there.copy_(tensor)
         return there
 
-    def stage(self, arrays: _native.StepArrays) -> torch.Tensor:
-        size = arrays.size
+    def stage(self, arrays: _native.StepArrays, size: int) -> torch.Tensor:
         if self._staging is None or self._staging[0].numel() < size:
             room = max(2 * size, 1 << 16)
             self._staging = self._pinned(room), self.empty((room,), torch.int32)

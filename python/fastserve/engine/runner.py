@@ -19,6 +19,7 @@ from fastserve.layers import Precision
 from fastserve.model_config import ModelConfig
 from fastserve.models import model_class_for
 from fastserve.outputs import SampledToken
+from fastserve.request import Request
 from fastserve.weights.safetensors import open_checkpoint
 
 
@@ -70,14 +71,22 @@ class ModelRunner:
         shape = (self.memory_plan.num_blocks, 2, m.num_kv_heads, config.block_size, m.head_dim)
         self.kv_cache = [self.device.empty(shape, kv_dtype) for _ in range(m.num_layers)]
         self.batches = BatchBuilder(self.device, m, config.block_size, max_logit_rows)
-        self.num_kv_tokens = 0  # tokens of all requests of all steps so far: attention's work for one KV head
-        self.num_kv_tokens_spared = 0  # of these, read once for several requests: all readers but one
         self.graphs = StepGraphs(self.device, self.batches.arrays)
         self.sampler = Sampler(self.device, m.vocab_size, max_logit_rows, self.eos_token_ids)
 
     @property
     def num_blocks(self) -> int:
         return self.memory_plan.num_blocks
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens of all requests of all steps so far: attention's work for one KV head."""
+        return self.batches.arrays.num_kv_tokens
+
+    @property
+    def num_kv_tokens_spared(self) -> int:
+        """Of these, those read once for several requests: for all readers but one."""
+        return self.batches.arrays.num_kv_tokens_spared
 
     @property
     def vocab_size(self) -> int:
@@ -97,18 +106,15 @@ class ModelRunner:
         for request_id in plan.finished:
             self.sampler.forget(request_id)
         batch = self.batches.build(plan)
-        self.num_kv_tokens += batch.num_kv_tokens
-        self.num_kv_tokens_spared += batch.num_kv_tokens_spared
         views = self.buffers.rows(batch.num_rows)
+        if batch.graph_key is not None:  # decodes alone
+            self.graphs.run(batch.graph_key, lambda: self._compute(batch, views))
+            return list(self._sample([item.request for item in plan.items]))
+        self._compute(batch, views)
         results: list[SampledToken | None] = [None] * len(plan.items)
         sampling = [index for index, item in enumerate(plan.items) if item.sample]
-        if batch.graph_key is None:
-            self._compute(batch, views)
-        else:
-            self.graphs.run(batch.graph_key, lambda: self._compute(batch, views))
         if sampling:  # never more than max_num_seqs, which is what the logits buffer holds
-            logits = self.buffers.float_logits(len(sampling))
-            tokens = self.sampler.sample(logits, [plan.items[index].request for index in sampling])
+            tokens = self._sample([plan.items[index].request for index in sampling])
             for index, token in zip(sampling, tokens, strict=True):
                 results[index] = token
         for index, item in enumerate(plan.items):
@@ -117,6 +123,9 @@ class ModelRunner:
                 if prompt:
                     results[index] = (results[index] or SampledToken(None))._replace(prompt=prompt)
         return results
+
+    def _sample(self, requests: list[Request]) -> list[SampledToken]:
+        return self.sampler.sample(self.buffers.float_logits(len(requests)), requests)
 
     def _compute(self, batch: Batch, views: StepViews) -> None:
         """Queues the step: hidden states of all rows into `views`, logits of the rows that sample into the buffers."""
