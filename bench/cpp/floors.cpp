@@ -6,8 +6,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
+#include <ctime>
+#include <new>
 #include <string_view>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "core/isa.h"
 #include "core/thread_pool.h"
@@ -16,39 +21,59 @@ namespace fs::bench {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 // The best of some runs, in seconds.
 template <class F>
 double best_time(int runs, const F& work) {
   double best = 1e9;
   for (int i = 0; i < runs; ++i) {
-    const auto begin = Clock::now();
+    const double begin = seconds();
     work();
-    best = std::min(best, std::chrono::duration<double>(Clock::now() - begin).count());
+    best = std::min(best, seconds() - begin);
   }
   return best;
 }
 
-double measure_read() {
-  constexpr size_t kWords = (512u << 20) / sizeof(uint64_t);
+// The or of whole lines; with kAhead, lines so many bytes ahead are asked for.
+template <int kAhead>
+uint64_t read_lines(const unsigned char* p, size_t bytes) {
+  typedef uint64_t Lanes __attribute__((vector_size(64), aligned(64), may_alias));
+  Lanes lanes[4] = {};
+  for (size_t i = 0; i < bytes; i += sizeof(lanes)) {
+    for (size_t j = 0; j < 4; ++j) {
+      if constexpr (kAhead > 0) __builtin_prefetch(p + i + j * sizeof(Lanes) + kAhead, 0, 2);
+      lanes[j] |= *reinterpret_cast<const Lanes*>(p + i + j * sizeof(Lanes));
+    }
+  }
+  lanes[0] |= lanes[1] | lanes[2] | lanes[3];
+  uint64_t total = 0;
+  for (int j = 0; j < 8; ++j) total |= lanes[0][j];
+  return total;
+}
+
+constexpr size_t kReadBytes = 512u << 20;
+
+double measure_read(const unsigned char* memory) {
   constexpr int64_t kChunks = 256;
-  std::vector<uint64_t> memory(kWords, 1);
-  std::vector<uint64_t> sums(kChunks);
-  const double seconds = best_time(5, [&] {
-    pool().parallel_for(kChunks, [&](int64_t chunk, int) {
-      const uint64_t* p = memory.data() + kWords / kChunks * static_cast<size_t>(chunk);
-      uint64_t lanes[16] = {};
-      for (size_t i = 0; i < kWords / kChunks; i += 16) {
-        for (size_t j = 0; j < 16; ++j) lanes[j] += p[i + j];
-      }
-      uint64_t total = 0;
-      for (const uint64_t lane : lanes) total += lane;
-      sums[static_cast<size_t>(chunk)] = total;
+  std::vector<uint64_t> seen(kChunks);
+  const auto read = [&](uint64_t (*lines)(const unsigned char*, size_t)) {
+    return best_time(3, [&] {
+      pool().parallel_for(kChunks, [&](int64_t chunk, int) {
+        constexpr size_t kBytes = kReadBytes / kChunks;
+        seen[static_cast<size_t>(chunk)] = lines(memory + kBytes * static_cast<size_t>(chunk), kBytes);
+      });
+      benchmark::DoNotOptimize(seen.data());
     });
-    benchmark::DoNotOptimize(sums.data());
-  });
-  return kWords * sizeof(uint64_t) / seconds;
+  };
+  return kReadBytes / std::min(read(read_lines<0>), read(read_lines<2048>));
+}
+
+double measure_read() {
+  static const Memory memory = [] {
+    Memory made = allocate(kReadBytes);
+    std::memset(made.get(), 1, kReadBytes);
+    return made;
+  }();
+  return measure_read(memory.get());
 }
 
 #if defined(__x86_64__)
@@ -137,11 +162,25 @@ Floors measure() {
 
 #endif
 
+Floors& measured() {
+  static Floors floors = measure();
+  return floors;
+}
+
 }  // namespace
 
+double seconds() {
+  if (pool().num_threads() == 1) return static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 const Floors& floors() {
-  static const Floors measured = measure();
-  return measured;
+  return measured();
+}
+
+void measure_read_again() {
+  Floors& floors = measured();
+  floors.read_bytes_per_s = std::max(floors.read_bytes_per_s, measure_read());
 }
 
 void report(benchmark::State& state, double bytes, double flops, double peak_flops_per_s) {
@@ -151,7 +190,26 @@ void report(benchmark::State& state, double bytes, double flops, double peak_flo
   constexpr auto kRate = Counter::kIsIterationInvariantRate;
   if (bytes > 0) state.counters["GB/s"] = Counter(bytes / 1e9, kRate);
   if (flops > 0) state.counters["GFLOP/s"] = Counter(flops / 1e9, kRate);
+  if (bytes > 0) state.counters["read_%"] = Counter(100 * by_memory, kRate);
+  if (by_product > 0) state.counters["peak_%"] = Counter(100 * by_product, kRate);
   state.counters["floor_%"] = Counter(100 * std::max(by_memory, by_product), kRate);
+}
+
+void FreeMemory::operator()(unsigned char* memory) const {
+  std::free(memory);
+}
+
+Memory allocate(size_t bytes) {
+  constexpr size_t kPage = 2u << 20;
+  const size_t alignment = bytes >= kPage ? kPage : 64;
+  const size_t size = (bytes + alignment - 1) / alignment * alignment;
+  Memory memory(static_cast<unsigned char*>(std::aligned_alloc(alignment, std::max(size, alignment))));
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  // Where the system has none they are ordinary.
+  if (alignment == kPage) madvise(memory.get(), size, MADV_HUGEPAGE);
+#endif
+  return memory;
 }
 
 Owned::Owned(DType dtype, std::vector<int64_t> shape, float scale) {
@@ -164,12 +222,16 @@ Owned::Owned(DType dtype, std::vector<int64_t> shape, float scale) {
     tensor_.stride[d] = stride;
     stride *= tensor_.shape[d];
   }
-  bytes_.resize(static_cast<size_t>(tensor_.bytes()) + 64);
-  auto address = reinterpret_cast<uintptr_t>(bytes_.data());
-  tensor_.data = reinterpret_cast<void*>((address + 63) / 64 * 64);
-  std::mt19937 random(1);
+  memory_ = allocate(static_cast<size_t>(tensor_.bytes()));
+  tensor_.data = memory_.get();
+  if (dtype != DType::f32 && dtype != DType::bf16) {
+    std::memset(memory_.get(), 0, static_cast<size_t>(tensor_.bytes()));
+    return;
+  }
+  uint32_t random = 1;  // a linear congruential generator: caches of half a gigabyte are filled
   for (int64_t i = 0; i < stride; ++i) {
-    const float value = scale * (static_cast<float>(random()) * 0x1p-31f - 1.0f);
+    random = random * 1664525u + 1013904223u;
+    const float value = scale * (static_cast<float>(random) * 0x1p-31f - 1.0f);
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     if (dtype == DType::f32) tensor_.ptr<float>()[i] = value;

@@ -5,7 +5,9 @@
 
 #include <benchmark/benchmark.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/tensor.h"
@@ -13,16 +15,32 @@
 namespace fs::bench {
 
 struct Floors {
-  double read_bytes_per_s;   // a plain read of 512 MB by all threads of the pool
+  double read_bytes_per_s;   // the best plain read of 512 MB in huge pages, by all threads of the pool
   double float_flops_per_s;  // fused multiply-adds of the widest vectors, registers only, all threads
   double bf16_flops_per_s;   // the best bf16 product instruction of the active instruction set; else as above
 };
 
 const Floors& floors();  // measured on first use, with as many threads as the pool has
 
-// Adds rates and the share of the floor, max(bytes / read rate, flops / peak), to a benchmark that ran with
-// UseRealTime; bytes and flops are those that any implementation needs for one iteration.
+// Measures the read rate once more and keeps the best for floors(): rates drift where others use the machine
+// too.
+void measure_read_again();
+
+// Seconds since some moment: of CPU time if the pool has one thread, from which other processes take caches
+// and bandwidth but no time; else of a clock on the wall.
+double seconds();
+
+// Adds rates, the shares of the read rate and of the peak, and the larger of them to a benchmark that ran
+// with UseRealTime or UseManualTime; bytes and flops are those that any implementation needs for one
+// iteration.
 void report(benchmark::State& state, double bytes, double flops, double peak_flops_per_s);
+
+// Memory in huge pages where it is large and the system has them, as the engine's.
+struct FreeMemory {
+  void operator()(unsigned char* memory) const;
+};
+using Memory = std::unique_ptr<unsigned char[], FreeMemory>;
+Memory allocate(size_t bytes);
 
 // Memory of a tensor, filled with small values of its dtype.
 class Owned {
@@ -36,7 +54,7 @@ class Owned {
   const Tensor& tensor() const { return tensor_; }
 
  private:
-  std::vector<unsigned char> bytes_;
+  Memory memory_;
   Tensor tensor_;
 };
 
