@@ -139,7 +139,10 @@ class AmxSpans {
     const int64_t at = section.begin;
     const auto first = static_cast<int>((all.begin - at) / kAmxDepth);
     const auto last = static_cast<int>((all.end - 1 - at) / kAmxDepth);
-    for (int step = first; step <= last; ++step) score(r, n, at, step, all);
+    for (int step = first; step <= last; ++step) {
+      if (r == 0) prefetch(at + step * kAmxDepth, all);
+      score(r, n, at, step, all);
+    }
     for (int64_t i = 0; i < n; ++i) {
       weigh(i, overlap(visible_[r + i], section), at, first, last, to.max + r + i, to.sum + r + i);
     }
@@ -149,6 +152,22 @@ class AmxSpans {
                       last - first + 1, 2 * dim_, [&](int64_t step, int half) __attribute__((always_inline)) {
                         return values_[first + step] + 2 * (d + half * kAmxColumns);
                       });
+    }
+  }
+
+  // Asks for the values of a step whose scores are next, and for the keys of the step after it.
+  void prefetch(int64_t token, TokenRange all) const {
+    const int64_t seen_end = visible_[count_ - 1].end;
+    for (int64_t t = token; t < token + kAmxDepth; t += 16) {
+      if (t + 16 > all.begin && t < all.end) {
+        const auto* values = reinterpret_cast<const char*>(values_of(t));
+        for (int64_t line = 0; line < dim_ / 2; ++line) __builtin_prefetch(values + 64 * line, 0, 2);
+      }
+      const int64_t next = t + kAmxDepth;
+      if (next < seen_end && next >= all.begin) {
+        const bf16* keys = keys_of(next);
+        for (int64_t line = 0; line < dim_ / 2; ++line) __builtin_prefetch(keys + line * 2 * size_, 0, 2);
+      }
     }
   }
 
