@@ -125,7 +125,7 @@ def _better(best: Grid, error: torch.Tensor, other: Grid, other_error: torch.Ten
     return grid, torch.where(take, other_error, error)
 
 
-def _as_float16(values: torch.Tensor) -> torch.Tensor:
+def as_float16(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
 
 
@@ -135,14 +135,14 @@ def _symmetric(values: torch.Tensor) -> Iterator[Grid]:
     zero = torch.full_like(largest, SYMMETRIC_ZERO)
     for part in torch.linspace(1.2, 0.55, 27).tolist():
         for sign in (1, -1):
-            yield Grid(_as_float16(largest * (sign * part / 8)), zero, None)
+            yield Grid(as_float16(largest * (sign * part / 8)), zero, None)
 
 
 def _zero_points(values: torch.Tensor) -> Iterator[Grid]:
     """The range of the weights and zero, and parts of it."""
     low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
     for part in torch.linspace(1.05, 0.55, 21).tolist():
-        scales = _as_float16((high - low) * (part / MAX_CODE))
+        scales = as_float16((high - low) * (part / MAX_CODE))
         zero = torch.where(scales != 0, -low * part / scales, torch.zeros_like(scales))
         for rounded in (zero.floor(), zero.ceil()):
             yield Grid(scales, rounded.clamp(0, MAX_CODE), None)
@@ -152,12 +152,12 @@ def _minimums(values: torch.Tensor) -> Iterator[Grid]:
     """From the least to the largest weight in 15 steps; in fewer steps, for weights that lie on such a grid already;
     and parts of that range."""
     low, high = values.amin(1), values.amax(1)
-    minimums = _as_float16(low)
+    minimums = as_float16(low)
     for steps in range(MAX_CODE, MAX_CODE // 2, -1):
-        yield Grid(_as_float16((high - low) / steps), None, minimums)
+        yield Grid(as_float16((high - low) / steps), None, minimums)
     for part in torch.linspace(0.97, 0.6, 16).tolist():
         clipped = (high - low) * ((1 - part) / 2)
-        yield Grid(_as_float16((high - low) * (part / MAX_CODE)), None, _as_float16(low + clipped))
+        yield Grid(as_float16((high - low) * (part / MAX_CODE)), None, as_float16(low + clipped))
 
 
 def _least_squares(values: torch.Tensor, codes: torch.Tensor, importance: torch.Tensor | None) -> Grid:
@@ -169,5 +169,5 @@ def _least_squares(values: torch.Tensor, codes: torch.Tensor, importance: torch.
     spread = codes - mean_code[:, None]
     variance = (counts * spread * spread).sum(1)
     slope = torch.where(variance > 0, (counts * spread * values).sum(1) / variance, torch.zeros_like(variance))
-    scales = _as_float16(slope)
-    return Grid(scales, None, _as_float16(mean_value - scales * mean_code))
+    scales = as_float16(slope)
+    return Grid(scales, None, as_float16(mean_value - scales * mean_code))
