@@ -36,11 +36,12 @@ def load_simulated() -> ModuleType | None:
 class SimulatedDevice:
     """Runs ops with race detection, bounds checks, poisoned memory, and async copies landing as the mode says."""
 
-    def __init__(self, module: ModuleType, async_mode: str, seed: int = 0):
+    def __init__(self, module: ModuleType, async_mode: str, seed: int = 0, **checks: bool):
         self.module = module
         self.name = f"simulated-{async_mode}" + (f"-seed{seed}" if seed else "")
         self.async_mode = ASYNC_MODES[async_mode]
         self.seed = seed
+        self.checks = checks  # weak_memory, ignore_order
         self.num_multiprocessors = SIMULATED_MULTIPROCESSORS
 
     def ops(self) -> list[str]:
@@ -48,7 +49,7 @@ class SimulatedDevice:
 
     def run(self, op: str, arguments: dict[str, Any]) -> None:
         """Outputs are written into the given CPU tensors. Raises ValueError, also for what the device reports."""
-        self.module.configure(self.async_mode, self.seed, self.num_multiprocessors)
+        self.module.configure(self.async_mode, self.seed, self.num_multiprocessors, **self.checks)
         self.module.run(op, arguments)
 
     def counters(self) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@
 #include <cuda_runtime_api.h>
 #include <ptxsim.h>
 #include <pybind11/pybind11.h>
+#include <sys/mman.h>
 
 #include <cstring>
 #include <memory>
@@ -171,6 +172,29 @@ class Memory {
   size_t bytes_;
 };
 
+// Memory of the device that takes none of the machine's until it is touched: for offsets beyond 2^31
+// elements. Zeros at first.
+class ReservedMemory {
+ public:
+  explicit ReservedMemory(size_t bytes) : bytes_(bytes) {
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+    if (data_ == MAP_FAILED) throw Error("cannot reserve " + std::to_string(bytes) + " bytes of addresses");
+    check(cudaHostRegister(data_, bytes, 0), "reserved memory");
+  }
+  ReservedMemory(const ReservedMemory&) = delete;
+  ReservedMemory& operator=(const ReservedMemory&) = delete;
+  ~ReservedMemory() {
+    cudaHostUnregister(data_);
+    munmap(data_, bytes_);
+  }
+  py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(bytes_)}; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
 // Launches, recorded from the constructor to end().
 class Graph {
  public:
@@ -237,6 +261,11 @@ PYBIND11_MODULE(_native_sim, m) {
   py::class_<Memory>(m, "Memory", py::buffer_protocol(), "An allocation of the device, as writable bytes.")
       .def(py::init<size_t, std::string>(), py::arg("num_bytes"), py::arg("name"))
       .def_buffer(&Memory::buffer);
+  py::class_<ReservedMemory>(
+      m, "ReservedMemory", py::buffer_protocol(),
+      "Like Memory, but zeros, and the machine's memory is used only where it is touched.")
+      .def(py::init<size_t>(), py::arg("num_bytes"))
+      .def_buffer(&ReservedMemory::buffer);
   py::class_<Graph>(m, "Graph", "Records what is launched from its making until end().")
       .def(py::init<>())
       .def("end", &Graph::end)
@@ -251,7 +280,7 @@ PYBIND11_MODULE(_native_sim, m) {
       "The ops that have a CUDA kernel.");
   m.def(
       "configure",
-      [](int async_mode, uint64_t seed, int multiprocessors) {
+      [](int async_mode, uint64_t seed, int multiprocessors, bool weak_memory, bool ignore_order) {
         ptxsim_config config;
         ptxsim_get_config(&config);
         config.multiprocessors = multiprocessors;
@@ -261,10 +290,14 @@ PYBIND11_MODULE(_native_sim, m) {
         config.check_race = 1;
         config.check_global_race = 1;
         config.counters = 1;
+        config.weak_memory = weak_memory ? 1 : 0;
+        config.ignore_order = ignore_order ? 1 : 0;
         ptxsim_set_config(&config);
       },
-      py::arg("async_mode"), py::arg("seed"), py::arg("multiprocessors") = 8,
+      py::arg("async_mode"), py::arg("seed"), py::arg("multiprocessors") = 8, py::arg("weak_memory") = false,
+      py::arg("ignore_order") = false,
       "Async copies land late (0), early (1) or at random (2); a seed other than 0 shuffles blocks and "
-      "warps; the device has so many multiprocessors.");
+      "warps; the device has so many multiprocessors; stores stay private to a block until a fence; "
+      "fences order nothing.");
   m.def("counters", [] { return std::string(ptxsim_counters_json()); }, "Counters of the last op, as JSON.");
 }

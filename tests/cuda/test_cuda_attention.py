@@ -93,6 +93,51 @@ def test_same_bits_in_any_order_of_blocks(batch: tuple[Shape, Arguments, torch.T
         assert (bits(run({**arguments, **shared}, device)) == bits(whole)).all()
 
 
+@pytest.mark.skipif(not isinstance(DEVICE, SimulatedDevice), reason="needs a device whose memory can be weak")
+def test_merge_waits_for_the_partials_of_other_blocks(batch: tuple[Shape, Arguments, torch.Tensor]) -> None:
+    """Stores of a block stay its own until a fence; and if fences did nothing, that would show."""
+    shape, arguments, whole = batch
+    shared = replanned([0, *accumulate(ROWS)], LENGTHS, replace(shape, num_workers=64), groups=TWO_LEVELS)
+    for seed in (1, 2, 3):
+        weak = SimulatedDevice(DEVICE.module, "late", seed, weak_memory=True)
+        assert (bits(run({**arguments, **shared}, weak)) == bits(whole)).all()
+    mutant = SimulatedDevice(DEVICE.module, "late", 1, weak_memory=True, ignore_order=True)
+    with pytest.raises(ValueError, match="race on global memory"):
+        run({**arguments, **shared}, mutant)
+
+
+@pytest.mark.skipif(not isinstance(DEVICE, SimulatedDevice), reason="needs memory that takes no room until it is used")
+def test_offsets_beyond_2_to_the_31_elements() -> None:
+    """Blocks of the KV cache, and rows of queries and outputs, at the end of tensors of 4 and 8 GB."""
+    shape = Shape(heads=2, kv_heads=1, dim=64, block_size=16, span=64, dtype=torch.float16)
+    small = cuda_arguments(torch.Generator().manual_seed(SEED), [2, 1], [90, 40], shape)
+    want = run(small)
+    memories = []
+
+    def there(tensor: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        memories.append(DEVICE.module.ReservedMemory((last + 1) * tensor.itemsize))
+        flat = torch.frombuffer(memories[-1], dtype=torch.uint8).view(tensor.dtype)
+        view = flat.as_strided(size, stride)
+        view[size[0] - len(tensor) :] = tensor
+        return view
+
+    big = {
+        name: there(value, tuple(value.shape), value.stride())
+        for name, value in small.items()
+        if torch.is_tensor(value) and value.numel() > 0
+    }
+    num_blocks, row = 2**20 + 8 + len(small["kv_cache"]), 2**30 + 64
+    big["kv_cache"] = there(small["kv_cache"], (num_blocks, 2, 1, 16, 64), small["kv_cache"].stride())
+    big["block_tables"] += num_blocks - len(small["kv_cache"])
+    for name in ("q", "out"):
+        big[name] = there(small[name], tuple(small[name].shape), (row, 64, 1))
+    DEVICE.module.configure(DEVICE.async_mode, 0, DEVICE.num_multiprocessors)
+    DEVICE.module.launch("attention", {**small, **big})
+    DEVICE.module.synchronize()
+    assert (bits(big["out"].clone()) == bits(want)).all()
+
+
 def test_error_against_float64_is_within_the_format() -> None:
     """Root mean square, relative: below 1e-3 in float16 and 1e-2 in bfloat16."""
     for shape, bound in (

@@ -180,24 +180,25 @@ void strong_access(Warp& w, const Inst& i, const uint64_t* host, uint32_t bytes,
   Block& block = *w.block;
   if (access == Access::Read) poll(w);
   const Split s = split(w, host, w.mask);
+  const uint32_t order = config().ignore_order != 0 ? 0 : i.aux & (kAcquire | kRelease);
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const int l = __builtin_ctz(m);
     const uint32_t thread = thread_index(w, l);
     if ((w.watch & kWatchWeak) && ((s.global >> l) & 1)) {
-      if (access == Access::Write && (i.aux & kRelease) && (i.aux & kScopeWide))
+      if (access == Access::Write && (order & kRelease) && (i.aux & kScopeWide))
         block.weak.publish(thread, block.barrier_phase);
       block.weak.publish_overlapping(host[l], bytes);
     }
     const bool in_shared = ((s.shared >> l) & 1) != 0;
-    if (w.launch->global_race && !in_shared && (i.aux & (kAcquire | kRelease)) == 0)
+    if (w.launch->global_race && !in_shared && order == 0)
       w.launch->global_race->relaxed(w, l, host[l], access);
-    if (block.race && ((i.aux & (kAcquire | kRelease)) != 0)) {
+    if (block.race && order != 0) {
       const uint64_t object = host[l];
-      if (access == Access::Write && (i.aux & kRelease)) {
+      if (access == Access::Write && (order & kRelease)) {
         if (w.launch->global_race && !in_shared) w.launch->global_race->release(w, l, object);
         block.race->release(thread, object);
       }
-      if (access == Access::Read && (i.aux & kAcquire)) {
+      if (access == Access::Read && (order & kAcquire)) {
         block.race->acquire(thread, object);
         if (w.launch->global_race && !in_shared) w.launch->global_race->acquire(w, l, object);
       }

@@ -120,25 +120,26 @@ void atomic(Warp& w, const Inst& i) {
   Block& block = *w.block;
   const uint64_t shared = reinterpret_cast<uint64_t>(w.shared);
   const bool ordered = block.race != nullptr;
+  const bool ignored = config().ignore_order != 0;
+  const bool releases = (i.aux & kRelease) != 0 && !ignored, acquires = (i.aux & kAcquire) != 0 && !ignored;
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const int l = __builtin_ctz(m);
     const bool in_shared = a[l] - shared < w.shared_bytes;
     if ((w.watch & kWatchWeak) && !in_shared) {
-      if ((i.aux & kRelease) && (i.aux & kScopeWide))
-        block.weak.publish(thread_index(w, l), block.barrier_phase);
+      if (releases && (i.aux & kScopeWide)) block.weak.publish(thread_index(w, l), block.barrier_phase);
       block.weak.publish_overlapping(a[l], bytes);
     }
     if (!ordered) continue;
     GlobalRaceDetector* global = in_shared ? nullptr : w.launch->global_race.get();
-    if (i.aux & kRelease) {
+    if (releases) {
       if (global) global->release(w, l, a[l]);
       block.race->release(thread_index(w, l), a[l]);
     }
-    if (i.aux & kAcquire) {
+    if (acquires) {
       block.race->acquire(thread_index(w, l), a[l]);
       if (global) global->acquire(w, l, a[l]);
     }
-    if (global && (i.aux & (kRelease | kAcquire)) == 0) global->relaxed(w, l, a[l], Access::Atomic);
+    if (global && !releases && !acquires) global->relaxed(w, l, a[l], Access::Atomic);
   }
   if (w.watch) observe(w, i, a, bytes, Access::Atomic);
   bool changed = false;

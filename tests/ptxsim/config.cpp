@@ -32,6 +32,7 @@ ptxsim_config from_environment() {
   c.check_race = static_cast<int>(setting("PTXSIM_RACE", 0));
   c.check_global_race = static_cast<int>(setting("PTXSIM_GLOBAL_RACE", 0));
   c.weak_memory = static_cast<int>(setting("PTXSIM_WEAK", 0));
+  c.ignore_order = static_cast<int>(setting("PTXSIM_IGNORE_ORDER", 0));
   c.random_streams = static_cast<int>(setting("PTXSIM_STREAMS", 0, {"ordered", "random"}));
   c.counters = static_cast<int>(setting("PTXSIM_COUNTERS", 1));
   c.multiprocessors = static_cast<int>(setting("PTXSIM_SMS", 8));

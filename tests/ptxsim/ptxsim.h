@@ -28,6 +28,8 @@ typedef struct ptxsim_config {
   int check_global_race; /* PTXSIM_GLOBAL_RACE   data races on global memory are faults (default 0) */
   int weak_memory;       /* PTXSIM_WEAK          a block's global stores stay private until a fence or release
                             (default 0) */
+  int ignore_order;      /* PTXSIM_IGNORE_ORDER  fences, releases and acquires order nothing, as if the kernel
+                            had none: what a test of them must notice (default 0) */
   int random_streams; /* PTXSIM_STREAMS       random: work waits for a synchronisation, then runs in any legal
                          order */
   int counters;       /* PTXSIM_COUNTERS      count bytes, sectors and bank conflicts (default 1) */

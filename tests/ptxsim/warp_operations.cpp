@@ -154,7 +154,7 @@ void trap(Warp& w, const Inst&) {
   fault(w, __builtin_ctz(w.mask), FaultKind::Trap, "executes a trap");
 }
 void fence(Warp& w, const Inst& i) {
-  if ((i.aux & kScopeWide) == 0) return;
+  if ((i.aux & kScopeWide) == 0 || config().ignore_order != 0) return;
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const int l = __builtin_ctz(m);
     if (w.watch & kWatchWeak) w.block->weak.publish(thread_index(w, l), w.block->barrier_phase);

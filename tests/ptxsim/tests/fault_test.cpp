@@ -204,6 +204,12 @@ TEST_F(Faults, MissingOrNarrowFenceIsAGlobalRace) {
     EXPECT_EQ(cudaDeviceSynchronize(), with_fences ? cudaSuccess : cudaErrorLaunchFailure) << report();
     ptxsim_clear_report();
   }
+  configure([](auto& c) { c.check_global_race = c.ignore_order = 1; });
+  Buffer<int> data(std::vector<int>{0}), flag(std::vector<int>{0}), received(std::vector<int>{0});
+  launch_message(data, flag, received, Fence::Device);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaErrorLaunchFailure) << "an ignored fence";
+  ptxsim_clear_report();
+  configure([](auto& c) { c.check_global_race = 1, c.ignore_order = 0; });
   Buffer<int> in(std::vector<int>(1000, 1)), partial(7), out(1);
   Buffer<unsigned> counter(std::vector<unsigned>{0});
   launch_last_block_sum(in, partial, counter, out, 1000, 7, false);
