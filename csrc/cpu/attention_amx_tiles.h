@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The products of attention on AMX's tile registers, and the same bits without AMX for tests. How an
-// instruction sums is described in amx_tile.h: an output is a fixed function of its own row of the left
+// instruction sums is described in amx/tile.h: an output is a fixed function of its own row of the left
 // matrix and its own column of the right one, in whatever rows of a tile it is computed.
 #pragma once
 

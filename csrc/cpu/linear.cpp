@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "core/thread_pool.h"
-#include "cpu/amx_tile.h"
+#include "cpu/linear_check.h"
 #include "cpu/linear_tile.h"
 #include "cpu/panel_ranges.h"
 #include "cpu/weights.h"
@@ -105,44 +105,11 @@ struct Product {
   }
 
   void run() const {
-    for_panel_ranges(num_panels(num_rows), num_tokens, depth * static_cast<int64_t>(sizeof(X)),
+    for_panel_ranges(num_panels(num_rows), num_tokens, depth * static_cast<int64_t>(sizeof(X)) + 1,
                      kPanelRows * depth, kMaxTokens,
                      [&](Span panels, Span tokens) { multiply_range(panels, tokens); });
   }
 };
-
-#if defined(FS_SIMD_AMX)
-// bfloat16 weights and activations on tile registers.
-void multiply_tiles(const Product<bf16, bf16>& product) {
-  for_panel_ranges(
-      num_panels(product.num_rows), product.num_tokens, product.depth * static_cast<int64_t>(sizeof(bf16)),
-      kPanelRows * product.depth, kMaxTileTokens, [&](Span panels, Span tokens) {
-        TileRegisters registers;
-        alignas(64) float sums[kMaxTileTokens * kPanelRows];
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-          const bf16* weights = product.packed + panel * padded_depth(product.depth) * kPanelRows;
-          const int64_t row = panel * kPanelRows;
-          const int64_t rest = product.num_rows - row;
-          const int64_t count = rest < kPanelRows ? rest : kPanelRows;
-          for (int64_t token = tokens.begin; token < tokens.end; token += kMaxTileTokens) {
-            const int64_t left = tokens.end - token;
-            const int num_tokens = left < kMaxTileTokens ? static_cast<int>(left) : kMaxTileTokens;
-            registers.multiply(sums, weights, product.x + token * product.x_stride, product.x_stride,
-                               num_tokens, product.depth);
-            for (int t = 0; t < num_tokens; ++t) {
-              float* out = product.out + (token + t) * product.out_stride + row;
-              const float* from = sums + t * kPanelRows;
-              if (product.bias != nullptr) {
-                for (int64_t n = 0; n < count; ++n) out[n] = from[n] + product.bias[row + n];
-              } else {
-                std::memcpy(out, from, static_cast<size_t>(count) * sizeof(float));
-              }
-            }
-          }
-        }
-      });
-}
-#endif
 
 #if defined(FS_SIMD_BF16)
 // The activations rounded to bf16, rows padded with a zero to an even length.
@@ -160,22 +127,10 @@ void round_rows(bf16* rounded, const float* x, int64_t x_stride, int64_t num_tok
 }
 #endif
 
-void check(const Linear& op, int64_t num_rows, int64_t depth) {
-  FS_CHECK(op.packed.shape[0] == num_panels(num_rows) && op.packed.shape[1] == padded_depth(depth),
-           "linear: argument 'packed' is [" << op.packed.shape[0] << ", " << op.packed.shape[1]
-                                            << ", 32]; with out [M, " << num_rows << "] and x [M, " << depth
-                                            << "] it must be [" << num_panels(num_rows) << ", "
-                                            << padded_depth(depth) << ", 32]");
-  const int64_t needed = linear_workspace_bytes(op.x.shape[0], depth, op.packed.dtype);
-  FS_CHECK(op.workspace.shape[0] >= needed, "linear: argument 'workspace' has "
-                                                << op.workspace.shape[0] << " bytes; needs " << needed
-                                                << " for " << op.x.shape[0] << " rows of " << depth);
-}
-
 void linear(const Linear& op, const OpContext&) {
   const int64_t num_rows = op.out.shape[1];
   const int64_t depth = op.x.shape[1];
-  check(op, num_rows, depth);
+  check_linear(op);
   const float* bias = op.bias.defined() ? op.bias.ptr<const float>() : nullptr;
   visit_weights(op.packed.dtype, [&](auto* tag) {
     using W = std::remove_pointer_t<decltype(tag)>;
@@ -186,9 +141,6 @@ void linear(const Linear& op, const OpContext&) {
       using X = std::remove_cvref_t<decltype(*activations)>;
       const Product<W, X> product{out,  op.out.stride[0], packed,   activations, x_stride,
                                   bias, op.x.shape[0],    num_rows, depth};
-#if defined(FS_SIMD_AMX)
-      if constexpr (std::is_same_v<W, bf16>) return multiply_tiles(product);
-#endif
       product.run();
     };
 #if defined(FS_SIMD_BF16)

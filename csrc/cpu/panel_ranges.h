@@ -22,17 +22,17 @@ struct Span {
 }
 
 // Calls f(panels, tokens) with two Spans; token_bytes are those of a token's activations, work the
-// multiply-adds of a panel and a token, and tile the tokens that share weights in registers.
+// multiply-adds of a panel and a token, tile the tokens that share weights in registers, and block_bytes
+// those of the activations of a block of tokens.
 template <class F>
 void for_panel_ranges(int64_t num_panels, int64_t num_tokens, int64_t token_bytes, int64_t work, int64_t tile,
-                      const F& f) {
-  constexpr int64_t kBlockBytes = 192 * 1024;  // activations of a block of tokens: they stay in L2
-  constexpr int64_t kMaxRanges = 32;           // panel ranges per block of tokens
+                      const F& f, int64_t block_bytes = 192 * 1024) {
+  constexpr int64_t kMaxRanges = 32;          // panel ranges per block of tokens
   constexpr int64_t kMinPanels = 2;           // of a range: the second is prefetched while the first computes
   constexpr int64_t kMinRangeWork = 1 << 15;  // multiply-adds below which a range is not worth handing out
 
   if (num_tokens == 0 || num_panels == 0) return;
-  int64_t block = kBlockBytes / (token_bytes + 1);
+  int64_t block = block_bytes / token_bytes;
   block = block < tile ? tile : block - block % tile;
   const int64_t num_blocks = (num_tokens + block - 1) / block;
 

@@ -40,9 +40,10 @@ constexpr bool is_paired(DType dtype) {
 }
 
 // Workspace that `linear` needs for up to max_tokens rows: their bf16 copy, where the instruction set
-// multiplies in bf16. One copy is shared by all workers, so the size does not depend on their number.
+// multiplies in bf16, padded to 32 k. One copy is shared by all workers, so the size does not depend on their
+// number.
 constexpr int64_t linear_workspace_bytes(int64_t max_tokens, int64_t depth, DType dtype) {
-  return dtype == DType::bf16 ? max_tokens * padded_depth(depth) * 2 : 0;
+  return dtype == DType::bf16 ? max_tokens * ((depth + 31) / 32 * 32) * 2 : 0;
 }
 
 }  // namespace fs

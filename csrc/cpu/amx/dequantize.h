@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Blocks of the panels of layout/quantized_panel.h as bfloat16 panels [k / 2][32 rows][2], 32 k a block.
+//
+// A weight is scale * code + offset in one fused multiply-add. The code needs no conversion: put into the
+// mantissa of 2^e by a mask and an `or` it makes the number 2^e + code, and the offset takes 2^e * scale off.
+// Two fields of a 32-bit word have their place in the mantissa at a time, so shifts serve two fields each.
+//
+// To bfloat16 by cutting the lower half off, which in a pair of words is one shift and one `and` with `or`:
+// half of what rounding costs. Cutting makes magnitudes smaller, by 0 to 1 units in the last place; scale and
+// offset are 1 + ln(2) / 256 times as large for it, with which the mean relative error is zero, as when
+// rounding, and its square 4 % above. What is a bfloat16 exactly stays what it is.
+//
+// Per 32 weights about 7 vector instructions.
+#pragma once
+
+#include "core/simd.h"
+#include "cpu/linear_tile.h"  // each
+#include "cpu/quantized_tile.h"
+
+namespace fs::FS_ISA {
+
+// 16 rows of a group: weight = scale * (2^e + code) + base[place].
+struct RowScales {
+  vf scale, base[2];
+};
+
+template <int kBits>
+struct CodePlaces;
+
+// The field at bits 12 to 15 of a word beside 2^11, at bits 16 to 19 beside 2^7.
+template <>
+struct CodePlaces<4> {
+  static constexpr float kBases[2] = {2048.0f, 128.0f};
+  static constexpr uint32_t kMasks[2] = {0xf000u, 0xf0000u};
+};
+// The byte at bits 15 to 22 beside 2^8.
+template <>
+struct CodePlaces<8> {
+  static constexpr float kBases[2] = {256.0f, 256.0f};
+  static constexpr uint32_t kMasks[2] = {0x7f8000u, 0x7f8000u};
+};
+
+template <int kBits>
+[[gnu::always_inline]] inline RowScales row_scales(const uint8_t* header, int row, bool has_offsets,
+                                                   bool zero_points) {
+  constexpr float kUp = 1.0027076f;  // 1 + ln(2) / 256
+  GroupScale group;
+  if (has_offsets) {
+    group = load_scale<true>(header, row, zero_points);
+  } else {
+    group = load_scale<false>(header, row, false);
+    group.offset = group.scale * set1(kBits == 4 ? -kSymmetricZero : -128.0f);
+  }
+  const vf scale = group.scale * set1(kUp), offset = group.offset * set1(kUp);
+  return {scale,
+          {fma(set1(-CodePlaces<kBits>::kBases[0]), scale, offset),
+           fma(set1(-CodePlaces<kBits>::kBases[1]), scale, offset)}};
+}
+
+// The weight whose code is the field at place `kPlace` of each word.
+template <int kBits, int kPlace>
+[[gnu::always_inline]] inline vf weight_at(__m512i words, const RowScales& rows) {
+  constexpr uint32_t kMagic = __builtin_bit_cast(uint32_t, CodePlaces<kBits>::kBases[kPlace]);
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(CodePlaces<kBits>::kMasks[kPlace]));
+  const __m512i magic = _mm512_set1_epi32(static_cast<int>(kMagic));
+  const __m512i number = _mm512_ternarylogic_epi32(words, mask, magic, 0xea);  // words & mask | magic
+  return fma({_mm512_castsi512_ps(number)}, rows.scale, rows.base[kPlace]);
+}
+
+[[gnu::always_inline]] inline void store_pairs(bf16* to, vf even, vf odd) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even.v), 16);
+  _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_castps_si512(odd.v), upper, lower, 0xea));
+}
+
+template <int kBits>
+[[gnu::always_inline]] inline void dequantize_block(bf16* to, const uint8_t* header, const uint8_t* lines,
+                                                    bool has_offsets, bool zero_points) {
+  const RowScales low = row_scales<kBits>(header, 0, has_offsets, zero_points);
+  const RowScales high = row_scales<kBits>(header, 16, has_offsets, zero_points);
+  each<kBlock / 4>([&](auto t) FS_INLINE {
+    bf16* pair = to + t.value * 4 * kPanelRows;  // inputs 4 t and 4 t + 1 of 32 rows
+    bf16* next_pair = pair + 2 * kPanelRows;     // inputs 4 t + 2 and 4 t + 3
+    if constexpr (kBits == 4) {
+      // Fields of four bits from the lowest on: input 0 of the low and of the high row, input 1 of both, ...
+      const __m512i x = _mm512_loadu_si512(lines + t.value * 64);
+      const __m512i up12 = _mm512_slli_epi32(x, 12), up4 = _mm512_slli_epi32(x, 4);
+      const __m512i down8 = _mm512_srli_epi32(x, 8), down12 = _mm512_srli_epi32(x, 12);
+      store_pairs(pair, weight_at<4, 0>(up12, low), weight_at<4, 0>(up4, low));
+      store_pairs(next_pair, weight_at<4, 1>(x, low), weight_at<4, 1>(down8, low));
+      store_pairs(pair + kPanelRows, weight_at<4, 1>(up12, high), weight_at<4, 0>(x, high));
+      store_pairs(next_pair + kPanelRows, weight_at<4, 0>(down8, high), weight_at<4, 1>(down12, high));
+    } else {
+      const auto half = [&](int offset, const RowScales& rows) FS_INLINE {
+        const __m512i x = _mm512_loadu_si512(lines + t.value * 128 + 2 * offset);
+        store_pairs(pair + offset, weight_at<8, 0>(_mm512_slli_epi32(x, 15), rows),
+                    weight_at<8, 0>(_mm512_slli_epi32(x, 7), rows));
+        store_pairs(next_pair + offset, weight_at<8, 0>(_mm512_srli_epi32(x, 1), rows),
+                    weight_at<8, 0>(_mm512_srli_epi32(x, 9), rows));
+      };
+      half(0, low);
+      half(kPanelRows, high);
+    }
+  });
+}
+
+// Weights for multiply_on_tiles.
+template <int kBits>
+struct DequantizedPanels {
+  QuantizedPanels panels;
+  const uint8_t* packed;
+  bool zero_points;
+
+  [[gnu::always_inline]] const bf16* chunk(int64_t panel, int64_t block, int64_t count,
+                                           WeightChunk& buffer) const {
+    constexpr int64_t kAhead = 4 * 1024;  // bytes of the stream: memory is always asked for something
+    const int64_t per_group = panels.blocks_per_group(), bytes = panels.block_bytes();
+    const int64_t group_bytes = panels.header_bytes() + per_group * bytes;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t group = (block + i) / per_group, in_group = (block + i) % per_group;
+      const uint8_t* header = packed + panel * panels.panel_bytes() + group * group_bytes;
+      const uint8_t* lines = header + panels.header_bytes() + in_group * bytes;
+      for (int64_t line = 0; line < bytes + panels.header_bytes(); line += 64) {
+        __builtin_prefetch(lines + kAhead + line, 0, 3);
+      }
+      dequantize_block<kBits>(buffer.value + i * kTileDepth * kPanelRows, header, lines, panels.has_offsets,
+                              zero_points);
+    }
+    return buffer.value;
+  }
+};
+
+}  // namespace fs::FS_ISA

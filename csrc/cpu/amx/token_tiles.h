@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Activations rounded to bfloat16 and laid out as AMX's tiles: [tokens / 16][k / 32][token][32], K padded
+// with zeros to 32, the last tile with as many tokens as are left. A tile is one piece of 1 KB, wherever the
+// rows lay: rows that are a power of two apart would share a few sets of the cache.
+#pragma once
+
+#include "cpu/amx/tile.h"
+#include "cpu/quantize_rows.h"
+
+namespace fs::FS_ISA {
+
+static_assert(kBlock == kTileDepth);
+
+struct TokenTiles {
+  const bf16* x;
+  int64_t num_tokens, num_blocks;
+
+  // The tile of tokens [token, token + 16) from k = 32 * block on; its next blocks follow.
+  const bf16* at(int64_t token, int64_t block) const {
+    const int64_t rest = num_tokens - token;
+    return x + (token * num_blocks + block * (rest < kTileRows ? rest : kTileRows)) * kTileDepth;
+  }
+};
+
+inline TokenTiles round_to_tiles(bf16* to, const Rows& rows) {
+  const int64_t num_blocks = rows.num_blocks();
+  rows.each_block([&](int64_t row, int64_t index, const float (&block)[kBlock]) {
+    const int64_t in_tile = row % kTileRows, first = row - in_tile, rest = rows.count - first;
+    const int64_t height = rest < kTileRows ? rest : kTileRows;
+    bf16* x = to + (first * num_blocks + index * height + in_tile) * kTileDepth;
+    for (int i = 0; i < kBlock; ++i) x[i] = to_bf16(block[i]);
+  });
+  return {to, rows.count, num_blocks};
+}
+
+}  // namespace fs::FS_ISA
