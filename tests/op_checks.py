@@ -131,10 +131,11 @@ def runs_on_tiles(case: OpCase, isa: str) -> bool:
 
 
 def reference_inputs(case: OpCase, arguments: Arguments, isa: str) -> Arguments:
-    """What the reference sees: bf16 operands are rounded first where the instruction set multiplies in bf16."""
+    """What the reference sees: bf16 operands are rounded first where the instruction set multiplies in bf16. Its name
+    is there as "isa"."""
+    rounded = {**arguments, "isa": isa}
     if "bf16" not in isa:
-        return arguments
-    rounded = dict(arguments)
+        return rounded
     for name in case.bf16_operands + (case.amx_operands if runs_on_tiles(case, isa) else ()):
         rounded[name] = arguments[name].bfloat16().to(arguments[name].dtype)
     return rounded

@@ -94,7 +94,9 @@ def test_a_model_computes_as_with_the_weights_written_out(tmp_path: Path, kind: 
     isa = _native.isa()
     dense, logprobs = run(tmp_path / "int4" / "dense")
     assert run(tmp_path / "int4", quantization="none")[0] == dense
-    for activation_dtype, tolerance in (("float", 0.25), ("int8", 0.75)):
+    # AMX kernels round the weights to bfloat16 as well as the activations, an error of the same size.
+    rounded = 0.25 * 2**0.5 if isa.startswith("amx") else 0.25
+    for activation_dtype, tolerance in (("float", rounded), ("int8", 0.75)):
         _, near = run(tmp_path / "int4", activation_dtype=activation_dtype)  # of values up to 40
         assert near == pytest.approx(logprobs, abs=tolerance)
         assert near != logprobs  # the int4 kernels computed it

@@ -75,22 +75,6 @@ def test_mean_error_against_float64(device: CpuDevice, isa: str, form: str, grou
             assert torch.equal(apply(layer, x[:tokens]), whole[:tokens])
 
 
-@pytest.mark.skipif("amxbf16" not in _native.isas(), reason="this processor has no AMX")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("group_size", [32, 64, 512])
-def test_the_matrix_unit_gives_the_bits_of_the_vector_unit(device: CpuDevice, form: str, group_size: int) -> None:
-    weight, head = random_weight(70, 330, form, group_size), torch.randn(70, 330)
-    x = torch.randn(530, 330)
-    x[3, 40] = float("nan")
-    x[20:22] = 0.0
-    for layer in (Int4Linear(device, weight, torch.randn(70), 8), Int8Linear(device, head, None, 8)):
-        results = []
-        for isa in ("avx512bf16", "amxbf16"):
-            _native.set_isa(isa)
-            results.append(apply(layer, x).view(torch.int32))
-        assert torch.equal(*results)
-
-
 def test_projections_of_one_form_are_one_layer_and_others_lie_side_by_side(device: CpuDevice) -> None:
     one = [random_weight(40, 64, "minimums", seed=i) for i in range(3)]
     mixed = [random_weight(40, 64, form, seed=i) for i, form in enumerate(FORMS)]

@@ -141,7 +141,7 @@ def with_changed(name: str, change: Any) -> Any:
 
 BAD_CASES = [
     BadCase(
-        "linear", "short-workspace", with_changed("workspace", lambda w: w[1:]), r"'workspace' has 59 bytes; needs 60"
+        "linear", "short-workspace", with_changed("workspace", lambda w: w[1:]), r"'workspace' has 191 bytes; needs 192"
     ),
     BadCase(
         "linear", "too-few-panels", with_changed("packed", lambda p: p[1:]), r"'packed' is \[1, 10, 32\].*\[2, 10, 32\]"

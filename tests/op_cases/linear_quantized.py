@@ -44,6 +44,23 @@ class Weight:
         zero = 8 if self.zero_points is None else self.spread(self.zero_points)
         return -self.spread(self.scales) * zero
 
+    def on_tiles(self) -> torch.Tensor:
+        """As bfloat16, the way that AMX kernels make them of float32: scale and offset times 1 + ln(2) / 256, the code
+        as the lowest digits of a larger number, one rounding for each of two fused multiply-adds, the rest cut off."""
+        up = torch.tensor(1.0027076)
+        scale, offset = self.spread(self.scales).float() * up, self.offsets().float() * up
+        if self.codes.dtype == torch.int8:
+            code, base = self.codes.double() + 128, torch.tensor(256.0)
+            offset = -128 * self.spread(self.scales).float() * up
+        else:  # by where a code lies in its word: input % 4, and the half of the panel
+            code = self.codes.double()
+            bases = torch.tensor([[2048.0, 2048.0, 128.0, 128.0], [128.0, 2048.0, 2048.0, 128.0]])
+            rows, depth = self.codes.shape
+            base = bases[(torch.arange(rows) % 32 // 16)[:, None], (torch.arange(depth) % 4)[None]]
+        rest = (offset.double() - base.double() * scale.double()).float()
+        exact = ((base.double() + code) * scale.double() + rest.double()).float()
+        return (exact.view(torch.int32) & -65536).view(torch.float32).double()
+
     def magnitude(self) -> torch.Tensor:
         """Of the two terms that a weight may be computed of."""
         return self.spread(self.scales).abs() * self.codes.double().abs() + self.offsets().abs()
@@ -198,7 +215,9 @@ def case(
         x = quantize(x) if activation_bits == 8 else x.double()
         bias_term = torch.zeros(rows).double() if inputs["bias"] is None else inputs["bias"].double()
         # A row of zeros times infinities in padded or absent terms must not matter, so NaN rows are made by hand.
-        value, magnitude = x @ weight.value().T + bias_term, x.abs() @ weight.magnitude().T + bias_term.abs()
+        on_tiles = inputs["isa"].startswith("amx") and activation_bits == 16
+        matrix = weight.on_tiles() if on_tiles else weight.value()
+        value, magnitude = x @ matrix.T + bias_term, x.abs() @ weight.magnitude().T + bias_term.abs()
         bad = ~torch.isfinite(inputs["x"]).all(1)
         value[bad] = float("nan")
         return {"out": Expected(value, magnitude)}
@@ -214,6 +233,7 @@ def case(
         length=4 * blocks + 4 if activation_bits == 8 else 3 * depth + 4,
         rows=("out", "x"),
         bf16_operands=("x",) if rounds_inputs else (),
+        amx_operands=("x",) if activation_bits == 16 else (),
     )
 
 

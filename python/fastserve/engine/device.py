@@ -36,6 +36,10 @@ class Device(Protocol):
     graphs_fix_shapes: bool  # a recording serves only steps whose arrays have the same shapes
 
     @property
+    def activation_bits(self) -> tuple[int, ...]:
+        """What int4 and int8 weights can be multiplied with, the default first."""
+
+    @property
     def attention_workers(self) -> int:
         """Units of attention that can run at the same time."""
 
@@ -63,7 +67,6 @@ class Device(Protocol):
 
     has_int4: bool  # linear_int4 runs here, and packed_int4_shape works
     has_int8: bool  # the same of linear_int8 and packed_int8_shape
-    activation_bits: tuple[int, ...]  # what they can multiply with, the default first
 
     def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
         """The shape of what `pack_int4` makes of codes [num_rows, depth]."""
@@ -114,7 +117,6 @@ class CpuDevice:
     has_graphs = True
     graphs_fix_shapes = False
     has_int4 = has_int8 = True
-    activation_bits: tuple[int, ...] = (8, 16)
     stage_generation = 0
 
     def __init__(self, num_threads: int | None) -> None:
@@ -124,6 +126,11 @@ class CpuDevice:
         self._memory = HugePages()
         self._staging = torch.empty(0, dtype=torch.int32)
         self._staging_size = 0
+
+    @property
+    def activation_bits(self) -> tuple[int, ...]:
+        # On AMX's tiles 16 bits are the faster choice too, except for a single token.
+        return (16, 8) if _native.isa().startswith("amx") else (8, 16)
 
     @property
     def attention_workers(self) -> int:
