@@ -78,10 +78,11 @@ class Harness:
         self.now += 1.0
         refs = self.ref_counts()
         running = self.running
+        tables = {r.request_id: set(r.block_ids) for r in running}
         lacks_one = {r.request_id for r in running if r.num_uncomputed_tokens == 1}
         plan = self.scheduler.schedule(self.now)
         self.check_plan(plan, lacks_one)
-        self.check_writes(plan, refs)
+        self.check_writes(plan, refs, tables)
         self.check_work_conserving(plan)
         if not plan.items:
             assert not self.scheduler.has_work(), "nothing scheduled though there is work"
@@ -151,22 +152,25 @@ class Harness:
             assert self.requests[request_id].status is RequestStatus.WAITING
         assert len(self.running) <= self.max_running
 
-    def check_writes(self, plan: StepPlan, refs_before: list[int]) -> None:
+    def check_writes(self, plan: StepPlan, refs_before: list[int], tables_before: dict[str, set[int]]) -> None:
         """The rule: a block written in a step has one writer. If somebody else holds it as well, then it was
-        in no table of theirs before the step, it is full after the step, and they only read it."""
+        in no table of theirs before the step, it is full after the step, and they only read it. A block that is
+        new to its writer may have been shared before: by requests that were preempted and a prefix given up."""
         writers: Counter[int] = Counter()
         full = set()
         for item in plan.items:
             size = self.config.block_size
             end = item.start + item.num_new_tokens
             for index in range(item.start // size, -(-end // size)):
-                writers[item.request.block_ids[index]] += 1
+                block_id = item.request.block_ids[index]
+                writers[block_id] += 1
+                is_new = block_id not in tables_before.get(item.request.request_id, ())
+                assert is_new or refs_before[block_id] == 1, f"block {block_id} was shared before it is written"
                 if (index + 1) * size <= end:
-                    full.add(item.request.block_ids[index])
+                    full.add(block_id)
         tables = Counter(block_id for request in self.running for block_id in request.block_ids)
         for block_id, count in writers.items():
             assert count == 1, f"block {block_id} has {count} writers"
-            assert refs_before[block_id] <= 1, f"block {block_id} was shared before it is written"
             assert tables[block_id] == 1 or block_id in full, f"block {block_id} is shared before it is full"
 
     def check_work_conserving(self, plan: StepPlan) -> None:
