@@ -128,6 +128,7 @@ for weight_dtype in WEIGHT_DTYPES:
     ]
     # Large enough for several ranges of panels and, in the last, for several blocks of tokens.
     CASES += [case(3, 1100, 576, weight_dtype), case(131, 65, 515, weight_dtype, bias=True)]
+    CASES += [case(300, 40, 33, weight_dtype)]
 
 
 def with_changed(name: str, change: Any) -> Any:

@@ -53,7 +53,9 @@ void multiply_on_tiles(const TokenTiles& tokens_in, const Weights& weights, cons
   const int64_t num_blocks = tokens_in.num_blocks;
   const int64_t token_bytes = num_blocks * kTileDepth * int64_t{sizeof(bf16)};
   const int64_t least_bytes = kTokenBytes / (kMaxPairs * kTileTokens);
-  const auto range = [&](Span panels, Span tokens) {
+  const auto range = [&](Span panels, Span pairs) {  // whole pairs: a tile has one place
+    const int64_t end = pairs.end * kTileTokens;
+    const Span tokens{pairs.begin * kTileTokens, end < tokens_in.num_tokens ? end : tokens_in.num_tokens};
     TileProduct product;
     TileSums sums[kMaxPairs];
     WeightChunk buffers[2];
@@ -86,9 +88,9 @@ void multiply_on_tiles(const TokenTiles& tokens_in, const Weights& weights, cons
       }
     }
   };
-  for_panel_ranges(num_panels(output.num_rows), tokens_in.num_tokens,
-                   token_bytes > least_bytes ? token_bytes : least_bytes,
-                   kPanelRows * num_blocks * kTileDepth, kTileTokens, range, kTokenBytes);
+  for_panel_ranges(num_panels(output.num_rows), (tokens_in.num_tokens + kTileTokens - 1) / kTileTokens,
+                   kTileTokens * (token_bytes > least_bytes ? token_bytes : least_bytes),
+                   kTileTokens * kPanelRows * num_blocks * kTileDepth, 1, range, kTokenBytes);
 }
 
 }  // namespace fs::FS_ISA
