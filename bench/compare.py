@@ -5,8 +5,9 @@
         --peer openvino=openvino/bin/python --peer vllm=vllm/bin/python --peer transformers=transformers/bin/python
 
 Peers are optional (docs/performance.md says how to install them): a Python where the engine is installed, or the folder
-of llama.cpp's programs. fastserve runs as bfloat16 and as int4. llama.cpp runs as Q4_0, Q8_0, BF16 and the given Q4_1
-file; what is missing is made of that file with llama-quantize, beside the results.
+of llama.cpp's programs. fastserve runs as bfloat16 and as int4, where AMX makes 16-bit activations its default also
+with int8 activations (w4a8). llama.cpp runs as Q4_0, Q8_0, BF16 and the given Q4_1 file; what is missing is made of
+that file with llama-quantize, beside the results.
 
 Every engine is in a process of its own and computes only when it is its turn, so that drift of the machine meets all
 alike. Prompts are real text, no two runs begin alike, end-of-text is ignored. A decode figure leaves the prompts out:
@@ -37,7 +38,7 @@ from compare_report import markdown, write_plots
 from compare_serving import Server, fastserve_server, llama_server, load, running, vllm_server, write_trace
 from compare_workloads import MODES, WORKLOADS, Shape, demand_of, floor_of, machine_rates
 
-from fastserve import __version__
+from fastserve import __version__, _native
 from fastserve.bench.offline import busy_seconds, english_text
 from fastserve.doctor import cpu_name
 from fastserve.tokenizer import Tokenizer
@@ -106,6 +107,8 @@ def make_engines(a: argparse.Namespace, peers: dict[str, str], out: Path) -> tup
         modes[name] = mode
 
     worker("fastserve int4", "fastserve", a.int4, sys.executable, "int4")
+    if _native.isa().startswith("amx"):  # elsewhere that is the default
+        worker("fastserve w4a8", "fastserve_w4a8", a.int4, sys.executable, "int4")
     worker("fastserve bf16", "fastserve", a.model, sys.executable, "bf16")
     if "llamacpp" in peers:
         programs = Path(peers["llamacpp"])
@@ -262,10 +265,11 @@ def run_quality(a: argparse.Namespace, results: Results, engines: list[Engine], 
     for engine in engines:
         if results.runs("quality", engine.name):
             continue
-        if engine.kind == "fastserve":
+        if engine.kind.startswith("fastserve"):
             command = [sys.executable, "-m", "fastserve.cli", "eval", "perplexity", engine.model, str(file)]
             command += ["--context", str(QUALITY_CONTEXT), "--stride", str(QUALITY_CONTEXT // 2)]
             command += ["--max-tokens", str(a.quality_tokens), "--num-threads", str(a.threads)]
+            command += ["--activation-dtype", "int8" if engine.kind.endswith("w4a8") else "auto"]
             pattern = r"tokens (?P<tokens>\d+)  perplexity (?P<value>[\d.]+)"
         elif isinstance(engine, LlamaEngine):
             chunks = a.quality_tokens // QUALITY_CONTEXT

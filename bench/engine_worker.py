@@ -22,10 +22,16 @@ Generate = Callable[[list[list[int]], int], list[int]]  # the number of new toke
 KV_GIB = 2  # of KV cache, where an engine lets it be set
 
 
-def fastserve(model: str, threads: int) -> tuple[str, Generate]:
+def fastserve(model: str, threads: int, activation_dtype: str = "auto") -> tuple[str, Generate]:
     from fastserve import LLM, SamplingParams, __version__, _native
 
-    llm = LLM(model, num_threads=threads, kv_cache_memory_bytes=KV_GIB << 30, max_num_seqs=64)
+    llm = LLM(
+        model,
+        num_threads=threads,
+        kv_cache_memory_bytes=KV_GIB << 30,
+        max_num_seqs=64,
+        activation_dtype=activation_dtype,
+    )
 
     def generate(prompts: list[list[int]], num_output: int) -> list[int]:
         params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True)
@@ -33,6 +39,10 @@ def fastserve(model: str, threads: int) -> tuple[str, Generate]:
         return [len(output.outputs[0].token_ids) for output in outputs]
 
     return f"fastserve {__version__} ({_native.isa()})", generate
+
+
+def fastserve_w4a8(model: str, threads: int) -> tuple[str, Generate]:
+    return fastserve(model, threads, "int8")
 
 
 def transformers(model: str, threads: int) -> tuple[str, Generate]:
@@ -95,7 +105,13 @@ def vllm(model: str, threads: int) -> tuple[str, Generate]:
     return f"vllm {library.__version__} (bf16, compiled)", generate
 
 
-ENGINES = {"fastserve": fastserve, "transformers": transformers, "openvino": openvino, "vllm": vllm}
+ENGINES = {
+    "fastserve": fastserve,
+    "fastserve_w4a8": fastserve_w4a8,
+    "transformers": transformers,
+    "openvino": openvino,
+    "vllm": vllm,
+}
 
 
 def peak_bytes() -> int:
