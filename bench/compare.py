@@ -159,8 +159,7 @@ def measured(work: Callable[[], Run], extra: float = 0.0) -> dict[str, Any]:
     run = work()
     elapsed = time.perf_counter() - begin
     cores = os.cpu_count() or 1
-    # What an engine did outside the measured seconds (the prompts before) is its own too: counted in proportion.
-    own = run.cpu_s * max(1.0, (run.seconds + run.more.get("first_s", 0.0)) / max(run.seconds, 1e-9))
+    own = run.more.get("all_cpu_s", run.cpu_s)  # what an engine did outside the measured seconds is its own too
     others = max(0.0, (busy_seconds() - busy - own - extra * elapsed) / elapsed / cores)
     return {"value": run.value, "seconds": run.seconds, "cpu_s": run.cpu_s, "peak_bytes": run.peak_bytes,
             "others": min(others, 1.0), **run.more}  # fmt: skip
