@@ -85,8 +85,8 @@ class WorkerEngine:
         return Run(figure(w, seconds, first), seconds, end - before, answer["peak_bytes"], more)
 
     def _wake(self, name: str, turn: int, ids: list[int], limit_s: float) -> None:
-        """Not measured: a few tokens for other prompts. An engine that has waited for its turn finds its memory out of
-        the caches, and on some machines paged out; llama-batched-bench warms up by itself."""
+        """Not measured: a few tokens for other prompts. An engine that has waited for its turn has nothing left in the
+        caches, and its first run takes longer; llama-batched-bench warms up by itself."""
         awake = "batch8" if WORKLOADS[name].figure == "total" else name
         prompts = prompts_of(awake, turn + 7, ids, other=True)
         self._generate(prompts, min(4, WORKLOADS[awake].num_output), limit_s)
