@@ -172,6 +172,8 @@ class Harness:
         for block_id, count in writers.items():
             assert count == 1, f"block {block_id} has {count} writers"
             assert tables[block_id] == 1 or block_id in full, f"block {block_id} is shared before it is full"
+            held = self.pool.ref_count(block_id)  # by tables and prefixes
+            assert held == 1 or block_id in full, f"block {block_id} is held {held} times before it is full"
 
     def check_work_conserving(self, plan: StepPlan) -> None:
         """Budget is left only if nobody can use it: all carried to their cap, no memory, no place, or a
