@@ -120,5 +120,5 @@ class ByteDetokenizer:
             raise ValueError("a token that breaks the detokenizer")
         return "" if token_id == 0 and self.skip_special_tokens else self.utf8.decode(bytes([token_id]))
 
-    def flush(self) -> str:
-        return self.utf8.decode(b"", final=True)
+    def flush(self, token_ids: Sequence[int] = ()) -> str:
+        return "".join(map(self.push, token_ids)) + self.utf8.decode(b"", final=True)

@@ -179,6 +179,46 @@ def test_a_stop_token_is_text_only_if_asked(include, text):
     assert list(completion.token_ids) == [*b"hi!"]
 
 
+BYTES = st.binary(min_size=1, max_size=12).map(lambda text: text.replace(b"\xff", b"\xc3"))
+
+
+@given(BYTES, st.booleans(), st.booleans(), st.sampled_from([None, 1, 5]))
+def test_text_made_at_the_end_is_the_streamed_text(text, include, skip_special, abort_at):
+    def outputs_of(kind):
+        engine = make_engine({"r": text})
+        params = SamplingParams(
+            max_tokens=len(text),
+            stop_token_ids=[ord("a")],
+            include_stop_str_in_output=include,
+            skip_special_tokens=skip_special,
+            output_kind=kind,
+        )
+        engine.add_request("r", [1], params)
+        outputs = []
+        while engine.has_work:
+            if engine.stats.num_steps == abort_at:
+                engine.abort("r")
+            outputs += engine.step()
+        return [output.outputs[0] for output in outputs]
+
+    (late,), streamed = outputs_of(FINAL), outputs_of(DELTA)
+    assert late.text == "".join(output.text for output in streamed)
+    assert list(late.token_ids) == [token for output in streamed for token in output.token_ids]
+    assert late.finish_reason == streamed[-1].finish_reason
+
+
+def test_an_abort_succeeds_although_the_text_cannot_be_made():
+    engine = make_engine({"r": b"ab\xffc"})
+    engine.add_request("r", [1], SamplingParams(max_tokens=9, output_kind=FINAL))
+    for _ in range(3):
+        assert engine.step() == []
+    assert engine.abort("r")
+    (output,) = engine.step()
+    assert output.outputs[0].finish_reason == "abort"
+    assert isinstance(output.error, ValueError)
+    assert not engine.has_work
+
+
 def test_special_tokens_are_text_if_asked():
     assert final(b"a\0b", ignore_eos=True, skip_special_tokens=False).text == "a\0b"
     assert final(b"a\0b", ignore_eos=True).text == "ab"

@@ -104,7 +104,8 @@ def test_a_failed_step_ends_a_stream_with_an_error_event(server: RunningServer, 
 @pytest.mark.parametrize("token", [1, 3, 12])
 def test_a_detokeniser_that_fails_fails_one_request_of_many(server: RunningServer, token: int) -> None:
     prompts = [[5 + i] * (i + 2) for i in range(4)]
-    expected = [complete(server, prompt=prompt).json()["choices"] for prompt in prompts]
+    live = {"stop": "no such text"}  # else nothing is detokenised before the end
+    expected = [complete(server, prompt=prompt, **live).json()["choices"] for prompt in prompts]
     processor = server.engine._outputs
     real, lock, poisoned = processor.add, threading.Lock(), []
 
@@ -117,7 +118,7 @@ def test_a_detokeniser_that_fails_fails_one_request_of_many(server: RunningServe
 
     processor.add = add
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda prompt: complete(server, prompt=prompt), prompts))
+        answers = list(pool.map(lambda prompt: complete(server, prompt=prompt, **live), prompts))
     assert len(poisoned) == 1
     assert [answer.status_code for answer in answers] == [200, 200, 500, 200]
     assert [answers[i].json()["choices"] for i in (0, 1, 3)] == [expected[i] for i in (0, 1, 3)]

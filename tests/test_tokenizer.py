@@ -57,6 +57,10 @@ def incremental(tokenizer: Tokenizer, ids: list[int], skip: bool, prompt: list[i
     pieces = [stream.push(token_id) for token_id in ids]
     pieces.append(stream.flush())
     "".join(pieces).encode("utf-8")  # no half of anything
+    for first in {0, len(ids) // 2}:  # the rest at once
+        late = IncrementalDetokenizer(tokenizer, skip, prompt or [])
+        begin = "".join([late.push(token_id) for token_id in ids[:first]])
+        assert begin + late.flush(ids[first:]) == "".join(pieces)
     return "".join(pieces)
 
 

@@ -18,7 +18,10 @@ class Logprob:
 PositionLogprobs = dict[int, Logprob]  # by token id: the chosen one first, then the most likely
 
 
-@dataclass(frozen=True, slots=True)
+# A stream makes these three for every token. They are for reading; frozen ones would take three times as long to make.
+
+
+@dataclass(slots=True)
 class RequestMetrics:
     """When things happened, in seconds of the engine's clock; None = not yet."""
 
@@ -30,7 +33,7 @@ class RequestMetrics:
     num_preemptions: int = 0  # of all its sequences
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CompletionOutput:
     """One of the `n` completions of a prompt; text, token_ids and logprobs are all or new, as output_kind
     says."""
@@ -47,7 +50,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestOutput:
     """The state of one request: its prompt and its completions in index order."""
 

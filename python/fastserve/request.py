@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from fastserve.config import SamplingParams
+from fastserve.config import RequestOutputKind, SamplingParams
 
 
 class RequestStatus(Enum):
@@ -47,6 +47,7 @@ class Request:
 
     token_ids: list[int] = field(init=False)  # prompt + output
     num_prompt_tokens: int = field(init=False)
+    has_late_text: bool = field(init=False)  # nobody looks at its text before it has ended: it is made then, at once
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens that were served from the cache instead of computed
     block_ids: list[int] = field(default_factory=list)
@@ -64,6 +65,13 @@ class Request:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.num_prompt_tokens = len(self.prompt_token_ids)
+        params = self.params
+        self.has_late_text = (
+            params.output_kind is RequestOutputKind.FINAL_ONLY
+            and not params.stop
+            and params.logprobs is None
+            and params.prompt_logprobs is None
+        )
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -181,7 +181,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self.push: Callable[[int], str]
-        self.flush: Callable[[], str]
+        self.flush: Callable[..., str]  # (token_ids=()): the rest of the text, with these last tokens
         if tokenizer.is_byte_level():
             self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
             self.push, self.flush = self._push_bytes, self._flush_bytes
@@ -201,8 +201,9 @@ class IncrementalDetokenizer:
     def _push_bytes(self, token_id: int) -> str:
         return "" if token_id in self._skip else self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
-    def _flush_bytes(self) -> str:
-        return self._utf8.decode(b"", final=True)
+    def _flush_bytes(self, token_ids: Sequence[int] = ()) -> str:
+        skip, bytes_of = self._skip, self._tokenizer.token_bytes
+        return self._utf8.decode(b"".join([bytes_of(i) for i in token_ids if i not in skip]), final=True)
 
     # SentencePiece style: a token's text depends on whether it comes first, and a run of byte tokens
     # (<0xE4>) is one unit: it decodes to characters if the whole run is valid UTF-8, else to one U+FFFD per
@@ -229,8 +230,9 @@ class IncrementalDetokenizer:
         self._pending.append(token_id)
         return "" if self._is_byte(token_id) else self._flush_pieces()
 
-    def _flush_pieces(self) -> str:
+    def _flush_pieces(self, token_ids: Sequence[int] = ()) -> str:
         pending, self._pending = self._pending, []
+        pending += [token_id for token_id in token_ids if self._counts(token_id)]
         text = self._decode(self._context + pending)[len(self._context_text) :]
         self._take_context(pending)
         return text

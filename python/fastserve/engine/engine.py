@@ -60,6 +60,7 @@ class Engine:
         )
         self._outputs = OutputProcessor(tokenizer, make_detokenizer)
         self._has_text = tokenizer is not None
+        self._vocab_size = runner.vocab_size
         self._num_added = 0
         self.on_step: Callable[[StepPlan, float], None] | None = None  # told of every step and its seconds
 
@@ -84,7 +85,16 @@ class Engine:
                     raise
             else:
                 for item, result in zip(plan.items, results, strict=True):
-                    if result is not None:
+                    if result is None:
+                        continue
+                    request, token_id = item.request, result.token_id
+                    # Nearly always in offline work: a token that nobody asks for yet.
+                    if (
+                        not request.has_late_text
+                        or request.finish_reason is not None
+                        or token_id is None
+                        or not 0 <= token_id < self._vocab_size
+                    ):
                         self._deliver(item, result)
             if self.on_step is not None:
                 self.on_step(plan, self.clock() - begin)
@@ -165,7 +175,7 @@ class Engine:
     ) -> None:
         """Raises InvalidRequest if such a request could never run here."""
         self.scheduler.check_prompt(len(prompt_token_ids))
-        vocab_size = self._runner.vocab_size
+        vocab_size = self._vocab_size
         for i, token_id in enumerate(prompt_token_ids):
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 given = str(token_id)[:40]
@@ -218,7 +228,7 @@ class Engine:
         """Hands a token to its request. What goes wrong here is the matter of this request alone."""
         request, token_id = item.request, result.token_id
         try:
-            if token_id is not None and not 0 <= token_id < self._runner.vocab_size:
+            if token_id is not None and not 0 <= token_id < self._vocab_size:
                 cause = _SAMPLING_FAILURES.get(token_id, "it is outside the vocabulary")
                 raise FastserveError(f"no token could be sampled (id {token_id}): {cause}")
             stop = self._outputs.push(item, result)

@@ -24,8 +24,8 @@ class Detokenizer(Protocol):
     def push(self, token_id: int, /) -> str:
         """The text that is certain once this token has come."""
 
-    def flush(self) -> str:
-        """The rest, when no token comes any more."""
+    def flush(self, token_ids: Sequence[int] = (), /) -> str:
+        """The rest of the text, with the last tokens `token_ids`, when none comes any more."""
 
 
 class Tokenizer(Protocol):
@@ -87,14 +87,20 @@ class OutputProcessor:
         return [] if group is None else [completion.request for completion in group.completions]
 
     def push(self, item: StepItem, sampled: SampledToken) -> str | None:
-        """Takes what the device gave one sequence; returns the stop string that now ends it, if one does."""
+        """Takes what the device gave one sequence; returns the stop string that now ends it, if one does.
+
+        Need not be called for a request with `has_late_text` before its last token.
+        """
         completion = self._completions[item.request.request_id]
         if sampled.prompt:
             completion.push_prompt(item.start + 1, sampled.prompt)
         if sampled.token_id is None:
             return None
-        self._touched[completion.group.request_id] = completion.group
-        return completion.push(sampled, sampled.token_id)
+        stop = completion.push(sampled, sampled.token_id)
+        group = completion.group
+        if not group.is_final_only or stop is not None or completion.request.finish_reason is not None:
+            self._touched[group.request_id] = group
+        return stop
 
     def end(self, request: Request, error: BaseException | None = None) -> None:
         """Takes notice that a sequence was ended from outside: aborted, or failed with `error`."""
@@ -102,7 +108,10 @@ class OutputProcessor:
         group = completion.group
         self._touched[group.request_id] = group
         if error is None:
-            completion.finish_text()
+            try:
+                completion.finish_text()
+            except Exception as failure:  # aborted all the same, with the text that there is
+                group.error = failure
         else:
             group.error = error
 
@@ -110,9 +119,12 @@ class OutputProcessor:
         """The outputs of all requests that got something since the last call; forgets those that have
         finished."""
         touched, self._touched = self._touched, {}
-        outputs = [output for group in touched.values() if (output := group.output(now)) is not None]
+        outputs = []
         for group in touched.values():
-            if group.finished:
+            finished = group.finished
+            if finished or not group.is_final_only:
+                outputs.append(group.output(now, finished))
+            if finished:
                 self.forget(group.request_id)
         return outputs
 
@@ -120,10 +132,13 @@ class OutputProcessor:
 class _Group:
     """One request of a user: a prompt with n completions."""
 
+    __slots__ = ("completions", "error", "is_final_only", "params", "prompt", "prompt_logprobs", "request_id")
+
     def __init__(self, request_id: str, prompt: str | None, params: SamplingParams) -> None:
         self.request_id = request_id
         self.prompt = prompt
         self.params = params
+        self.is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
         self.completions: list[_Completion] = []
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
         self.error: BaseException | None = None
@@ -132,41 +147,49 @@ class _Group:
 
     @property
     def finished(self) -> bool:
-        return not any(completion.request.finish_reason is None for completion in self.completions)
+        # A generator for all() takes five times as long.
+        for completion in self.completions:  # noqa: SIM110
+            if completion.request.finish_reason is None:
+                return False
+        return True
 
-    def output(self, now: float) -> RequestOutput | None:
-        """What is to be told now, as output_kind says; None if that is nothing."""
-        kind, completions = self.params.output_kind, self.completions
-        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
-            return None
-        if kind is RequestOutputKind.DELTA:
-            completions = [completion for completion in completions if completion.has_news]
-        first = self.completions[0].request
+    def output(self, now: float, finished: bool) -> RequestOutput:
+        """What is to be told now, as output_kind says."""
+        completions, delta = self.completions, self.params.output_kind is RequestOutputKind.DELTA
+        first = completions[0].request
         prompt_logprobs = self.prompt_logprobs
-        if kind is RequestOutputKind.DELTA:
+        if delta:
             self.prompt_logprobs = None  # told once
+            if len(completions) > 1:
+                completions = [completion for completion in completions if completion.has_news]
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=first.prompt_token_ids,
-            prompt_logprobs=prompt_logprobs,
-            outputs=[completion.output(delta=kind is RequestOutputKind.DELTA) for completion in completions],
-            finished=self.finished,
-            metrics=self._metrics(now),
-            num_cached_tokens=first.num_cached_tokens,
-            error=self.error,
+            self.request_id,
+            self.prompt,
+            first.prompt_token_ids,
+            prompt_logprobs,
+            [completion.output(delta=delta) for completion in completions],
+            finished,
+            self._metrics(now if finished else None),
+            first.num_cached_tokens,
+            self.error,
         )
 
-    def _metrics(self, now: float) -> RequestMetrics:
-        requests = [completion.request for completion in self.completions]
-        return RequestMetrics(
-            arrival_s=requests[0].arrival_s,
-            first_scheduled_s=_known(min, [r.first_scheduled_s for r in requests]),
-            first_token_s=_known(min, [r.first_token_s for r in requests]),
-            last_token_s=_known(max, [r.last_token_s for r in requests]),
-            finished_s=now if self.finished else None,
-            num_preemptions=sum(r.num_preemptions for r in requests),
-        )
+    def _metrics(self, finished_s: float | None) -> RequestMetrics:
+        first = self.completions[0].request
+        if len(self.completions) == 1:
+            begun, token, last, num_preemptions = (
+                first.first_scheduled_s,
+                first.first_token_s,
+                first.last_token_s,
+                first.num_preemptions,
+            )
+        else:
+            requests = [completion.request for completion in self.completions]
+            begun = _known(min, [r.first_scheduled_s for r in requests])
+            token = _known(min, [r.first_token_s for r in requests])
+            last = _known(max, [r.last_token_s for r in requests])
+            num_preemptions = sum(r.num_preemptions for r in requests)
+        return RequestMetrics(first.arrival_s, begun, token, last, finished_s, num_preemptions)
 
 
 def _known(choose: Callable[[list[float]], float], times: list[float | None]) -> float | None:
@@ -176,6 +199,22 @@ def _known(choose: Callable[[list[float]], float], times: list[float | None]) ->
 
 class _Completion:
     """One sequence: its text so far, and how much of everything has been told already."""
+
+    __slots__ = (
+        "_cumulative_logprob",
+        "_decode_one",
+        "_detokenizer",
+        "_logprobs",
+        "_num_told_chars",
+        "_num_told_tokens",
+        "_stop",
+        "_text",
+        "_told_end",
+        "_wants_logprobs",
+        "group",
+        "index",
+        "request",
+    )
 
     def __init__(
         self,
@@ -207,15 +246,17 @@ class _Completion:
             self._cumulative_logprob += sampled.logprob or 0.0
         if self._detokenizer is None:
             return None
-        ended_by_token = request.finish_reason == "stop"
-        if ended_by_token and not request.params.include_stop_str_in_output:
-            text = ""  # EOS and stop tokens are not text
-        else:
-            text = self._detokenizer.push(token_id)
-        stop = self._add_text(text)
+        stop = None
+        if not request.has_late_text and not self._ends_with_token:
+            stop = self._add_text(self._detokenizer.push(token_id))
         if stop is None and request.finish_reason is not None:
             stop = self.finish_text()
         return stop
+
+    @property
+    def _ends_with_token(self) -> bool:
+        """Whether the last token is EOS or a stop token, which are not text."""
+        return self.request.finish_reason == "stop" and not self.request.params.include_stop_str_in_output
 
     def push_prompt(self, position: int, tokens: Sequence[SampledToken]) -> None:
         """Takes the logprobs of prompt tokens from `position` on; those known already (recomputed) are passed
@@ -229,7 +270,13 @@ class _Completion:
 
     def finish_text(self) -> str | None:
         """Brings out what was held back; returns the stop string that the very last characters complete."""
-        stop = None if self._detokenizer is None else self._add_text(self._detokenizer.flush())
+        if self._detokenizer is None:
+            return None
+        last: Sequence[int] = ()
+        if self.request.has_late_text:
+            last = self.request.output_token_ids
+            last = last[:-1] if self._ends_with_token else last
+        stop = self._add_text(self._detokenizer.flush(last))
         self._text += self._stop.flush()
         return stop
 
@@ -258,11 +305,11 @@ class _Completion:
         self._num_told_tokens, self._num_told_chars = request.num_output_tokens, len(self._text)
         self._told_end = request.finish_reason is not None
         return CompletionOutput(
-            index=self.index,
-            text=self._text[chars_from:],
-            token_ids=request.token_ids[request.num_prompt_tokens + tokens_from :],
-            cumulative_logprob=self._cumulative_logprob if self._wants_logprobs else None,
-            logprobs=self._logprobs[tokens_from:] if self._wants_logprobs else None,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
+            self.index,
+            self._text[chars_from:],
+            request.token_ids[request.num_prompt_tokens + tokens_from :],
+            self._cumulative_logprob if self._wants_logprobs else None,
+            self._logprobs[tokens_from:] if self._wants_logprobs else None,
+            request.finish_reason,
+            request.stop_reason,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -195,6 +196,7 @@ async def _serve(llm: AsyncLLM, model: str, options: ServeOptions, begin: float)
     stats_log = (
         None if options.disable_log_stats else asyncio.create_task(StatsLog(service).run(options.log_stats_interval))
     )
+    gc.freeze()  # what is loaded stays: a full collection would look through it for 50 ms, with every request waiting
     await server.serve(sockets=sockets)
     if stats_log is not None:
         stats_log.cancel()
