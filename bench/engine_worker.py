@@ -5,7 +5,7 @@
 
 Runs in the environment of the engine, so it imports nothing but the engine. A run is
 {"prompts": [[token id, ...], ...], "num_output": n}; all prompts of a run have the same length, and each gets exactly n
-greedy tokens. The first line that is answered says what the engine is, and how many seconds it took to load.
+greedy tokens, as ids. The first line that is answered says what the engine is, and how many seconds it took to load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fastserve(model: str, threads: int, activation_dtype: str = "auto") -> tuple
     )
 
     def generate(prompts: list[list[int]], num_output: int) -> list[int]:
-        params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=num_output, ignore_eos=True, detokenize=False)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]
 
