@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear on AMX's tile registers: the bits that Intel documents, from the processor and from the emulation alike."""
+"""Linear on AMX's tile registers: the bits that Intel documents, from the processor and from the emulation alike, and
+from vector registers where there are few tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fastserve import _native
+from op_cases.linear_quantized import FORMS, pack, random_weight
 
 AMX = [isa for isa in _native.isas() if isa.startswith("amx")]
 
@@ -38,7 +40,10 @@ def documented(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return total
 
 
-@pytest.mark.skipif(not AMX, reason="neither AMX nor its emulation is in this build and machine")
+on_amx = pytest.mark.skipif(not AMX, reason="neither AMX nor its emulation is in this build and machine")
+
+
+@on_amx
 @pytest.mark.parametrize("isa", AMX)
 @pytest.mark.parametrize(
     ("num_tokens", "num_rows", "depth"), [(1, 32, 32), (16, 64, 576), (17, 40, 33), (33, 96, 70), (71, 33, 1)]
@@ -54,3 +59,52 @@ def test_linear_sums_as_documented(isa: str, num_tokens: int, num_rows: int, dep
     _native.set_isa(isa)
     _native.ops.linear(out, x.float(), packed, None, torch.empty(num_bytes, dtype=torch.uint8))
     assert np.array_equal(out.numpy(), documented(x.float().numpy(), weight.float().numpy()))
+
+
+def hostile_inputs(depth: int) -> torch.Tensor:
+    """Rows of ordinary numbers, of subnormals (as bfloat16, and as products), of huge ones, with infinities and NaN."""
+    generator = torch.Generator().manual_seed(depth)
+    x = torch.randn(13, depth, generator=generator)
+    x[1] *= 1e-39
+    x[2] *= 1e-37
+    x[3] *= 2.0 ** -torch.randint(100, 140, (depth,), generator=generator).float()
+    x[4] *= 1e38
+    x[5, ::7] *= 1e-40
+    x[6] = -0.0
+    x[7, 3], x[8, 0], x[8, 31], x[9, 5] = torch.inf, -torch.inf, torch.inf, torch.nan
+    x[10] = x[10].abs() * 3e38 / depth  # finite until added up
+    return x
+
+
+@on_amx
+@pytest.mark.parametrize("isa", AMX)
+@pytest.mark.parametrize("form", ["symmetric", "zero_points", "minimums", "int8"])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_few_tokens_get_the_bits_of_tiles(isa: str, form: str, group_size: int) -> None:
+    rows, depth = 70, 200
+    bits = 8 if form == "int8" else 4
+    generator = torch.Generator().manual_seed(bits)
+    weight = random_weight(generator, rows, depth, bits, group_size, form)
+    weight.scales[:, 1] *= 2.0**-12  # some are subnormal in float16
+    weight.scales[3] = 0.0
+    packed, bias = pack(weight), torch.randn(rows, generator=generator) * 2.0**-140
+    x = hostile_inputs(depth)
+    _native.set_isa(isa)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(x), rows)
+        workspace = torch.empty(_native.quantized_workspace_bytes(len(x), depth, 16), dtype=torch.uint8)
+        if bits == 8:
+            _native.ops.linear_int8(out, x, packed, bias, workspace, group_size, 16)
+        else:
+            _native.ops.linear_int4(out, x, packed, bias, None, workspace, group_size, FORMS.index(form), 16)
+        return out
+
+    on_tiles = multiply(x)
+    assert torch.isfinite(on_tiles[:4]).all()
+    assert torch.isnan(on_tiles[9]).all()
+    for size in (1, 2):
+        alone = torch.cat([multiply(part) for part in x.split(size)])
+        numbers = ~torch.isnan(on_tiles)
+        assert torch.equal(torch.isnan(alone), ~numbers)
+        assert torch.equal(alone.view(torch.int32)[numbers], on_tiles.view(torch.int32)[numbers])

@@ -74,34 +74,43 @@ template <int kBits, int kPlace>
   _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_castps_si512(odd.v), upper, lower, 0xea));
 }
 
+// The weights of a line, four inputs of 32 rows: f(half of the rows, pair of inputs, the even one, the odd
+// one).
+template <int kBits, class F>
+[[gnu::always_inline]] inline void dequantize_line(const uint8_t* line, const RowScales (&rows)[2],
+                                                   const F& f) {
+  if constexpr (kBits == 4) {
+    // Fields of four bits from the lowest on: input 0 of the low and of the high row, input 1 of both, ...
+    const __m512i x = _mm512_loadu_si512(line);
+    const __m512i up12 = _mm512_slli_epi32(x, 12), up4 = _mm512_slli_epi32(x, 4);
+    const __m512i down8 = _mm512_srli_epi32(x, 8), down12 = _mm512_srli_epi32(x, 12);
+    f(Index<0>{}, Index<0>{}, weight_at<4, 0>(up12, rows[0]), weight_at<4, 0>(up4, rows[0]));
+    f(Index<0>{}, Index<1>{}, weight_at<4, 1>(x, rows[0]), weight_at<4, 1>(down8, rows[0]));
+    f(Index<1>{}, Index<0>{}, weight_at<4, 1>(up12, rows[1]), weight_at<4, 0>(x, rows[1]));
+    f(Index<1>{}, Index<1>{}, weight_at<4, 0>(down8, rows[1]), weight_at<4, 1>(down12, rows[1]));
+  } else {
+    each<2>([&](auto half) FS_INLINE {
+      const RowScales& scales = rows[half.value];
+      const __m512i x = _mm512_loadu_si512(line + 64 * half.value);
+      f(half, Index<0>{}, weight_at<8, 0>(_mm512_slli_epi32(x, 15), scales),
+        weight_at<8, 0>(_mm512_slli_epi32(x, 7), scales));
+      f(half, Index<1>{}, weight_at<8, 0>(_mm512_srli_epi32(x, 1), scales),
+        weight_at<8, 0>(_mm512_srli_epi32(x, 9), scales));
+    });
+  }
+}
+
 template <int kBits>
 [[gnu::always_inline]] inline void dequantize_block(bf16* to, const uint8_t* header, const uint8_t* lines,
                                                     bool has_offsets, bool zero_points) {
-  const RowScales low = row_scales<kBits>(header, 0, has_offsets, zero_points);
-  const RowScales high = row_scales<kBits>(header, 16, has_offsets, zero_points);
+  constexpr int kLineBytes = kBits == 4 ? 64 : 128;
+  const RowScales rows[2] = {row_scales<kBits>(header, 0, has_offsets, zero_points),
+                             row_scales<kBits>(header, 16, has_offsets, zero_points)};
   each<kBlock / 4>([&](auto t) FS_INLINE {
-    bf16* pair = to + t.value * 4 * kPanelRows;  // inputs 4 t and 4 t + 1 of 32 rows
-    bf16* next_pair = pair + 2 * kPanelRows;     // inputs 4 t + 2 and 4 t + 3
-    if constexpr (kBits == 4) {
-      // Fields of four bits from the lowest on: input 0 of the low and of the high row, input 1 of both, ...
-      const __m512i x = _mm512_loadu_si512(lines + t.value * 64);
-      const __m512i up12 = _mm512_slli_epi32(x, 12), up4 = _mm512_slli_epi32(x, 4);
-      const __m512i down8 = _mm512_srli_epi32(x, 8), down12 = _mm512_srli_epi32(x, 12);
-      store_pairs(pair, weight_at<4, 0>(up12, low), weight_at<4, 0>(up4, low));
-      store_pairs(next_pair, weight_at<4, 1>(x, low), weight_at<4, 1>(down8, low));
-      store_pairs(pair + kPanelRows, weight_at<4, 1>(up12, high), weight_at<4, 0>(x, high));
-      store_pairs(next_pair + kPanelRows, weight_at<4, 0>(down8, high), weight_at<4, 1>(down12, high));
-    } else {
-      const auto half = [&](int offset, const RowScales& rows) FS_INLINE {
-        const __m512i x = _mm512_loadu_si512(lines + t.value * 128 + 2 * offset);
-        store_pairs(pair + offset, weight_at<8, 0>(_mm512_slli_epi32(x, 15), rows),
-                    weight_at<8, 0>(_mm512_slli_epi32(x, 7), rows));
-        store_pairs(next_pair + offset, weight_at<8, 0>(_mm512_srli_epi32(x, 1), rows),
-                    weight_at<8, 0>(_mm512_srli_epi32(x, 9), rows));
-      };
-      half(0, low);
-      half(kPanelRows, high);
-    }
+    dequantize_line<kBits>(
+        lines + t.value * kLineBytes, rows, [&](auto half, auto pair, vf even, vf odd) FS_INLINE {
+          store_pairs(to + (2 * t.value + pair.value) * 2 * kPanelRows + half.value * kPanelRows, even, odd);
+        });
   });
 }
 

@@ -6,6 +6,7 @@
 #include "cpu/amx/product.h"
 
 #include "cpu/amx/dequantize.h"
+#include "cpu/amx/few_tokens.h"
 #include "cpu/linear_check.h"
 
 namespace fs::FS_ISA {
@@ -46,12 +47,26 @@ struct PackedPanels {
 };
 
 template <class Op>
+Rows rows_of(const Op& op, const int32_t* order) {
+  return {op.x.template ptr<const float>(), op.x.stride[0], op.x.shape[0], op.x.shape[1], order};
+}
+
+template <class Op>
+TileOutput output_of(const Op& op) {
+  return {op.out.template ptr<float>(), op.out.stride[0], op.out.shape[1],
+          op.bias.defined() ? op.bias.template ptr<const float>() : nullptr};
+}
+
+template <class Op>
 void multiply(const Op& op, const int32_t* order, const auto& weights) {
-  const Rows rows{op.x.template ptr<const float>(), op.x.stride[0], op.x.shape[0], op.x.shape[1], order};
-  const TokenTiles tokens = round_to_tiles(op.workspace.template ptr<bf16>(), rows);
-  multiply_on_tiles(tokens, weights,
-                    {op.out.template ptr<float>(), op.out.stride[0], op.out.shape[1],
-                     op.bias.defined() ? op.bias.template ptr<const float>() : nullptr});
+  const TokenTiles tokens = round_to_tiles(op.workspace.template ptr<bf16>(), rows_of(op, order));
+  multiply_on_tiles(tokens, weights, output_of(op));
+}
+
+template <int kBits, class Op>
+void multiply_quantized(const Op& op, const int32_t* order, const DequantizedPanels<kBits>& weights) {
+  if (op.x.shape[0] > kFewTokens) return multiply(op, order, weights);
+  multiply_few_tokens(rows_of(op, order), op.workspace.template ptr<float>(), weights, output_of(op));
 }
 
 void linear(const Linear& op, const OpContext& context) {
@@ -63,13 +78,14 @@ void linear(const Linear& op, const OpContext& context) {
 void linear_int4(const LinearInt4& op, const OpContext& context) {
   if (op.activation_bits != 16) return run_below(op, context);
   const auto [form, panels, order] = check_int4(op);
-  multiply(op, order,
-           DequantizedPanels<4>{panels, op.packed.ptr<const uint8_t>(), form == Int4Form::zero_points});
+  multiply_quantized(
+      op, order, DequantizedPanels<4>{panels, op.packed.ptr<const uint8_t>(), form == Int4Form::zero_points});
 }
 
 void linear_int8(const LinearInt8& op, const OpContext& context) {
   if (op.activation_bits != 16) return run_below(op, context);
-  multiply(op, nullptr, DequantizedPanels<8>{check_int8(op), op.packed.ptr<const uint8_t>(), false});
+  multiply_quantized(op, nullptr,
+                     DequantizedPanels<8>{check_int8(op), op.packed.ptr<const uint8_t>(), false});
 }
 
 }  // namespace

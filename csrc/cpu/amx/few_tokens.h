@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The product of multiply_on_tiles for one and two tokens, bit for bit, in vector registers.
+//
+// A tile costs as much for one token as for sixteen, and weights of 4 bits must be written to memory before a
+// tile can be loaded with them. Here they are multiplied where they were dequantised, as float32 with the
+// lower half cut off. What a tile instruction does with 32 inputs (tile.h) is done by hand: a chain of fused
+// multiply-adds from zero for the even inputs and one for the odd ones, then their sum added to the sum so
+// far, all with subnormals as zeros. Dequantised weights are never subnormal: float16 scales are multiples of
+// 2^-24.
+//
+// Per 16 rows and input: 3.5 instructions for the weight and one for each token.
+#pragma once
+
+#include "cpu/amx/dequantize.h"
+#include "cpu/amx/product.h"
+
+namespace fs::FS_ISA {
+
+inline constexpr int kFewTokens = 2;  // with three the tiles are as fast
+
+// Subnormal operands and results count as zero while this lives.
+class SubnormalsAreZero {
+ public:
+  SubnormalsAreZero() : control_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(control_ | 0x8040u); }
+  ~SubnormalsAreZero() { __builtin_ia32_ldmxcsr(control_); }
+  SubnormalsAreZero(const SubnormalsAreZero&) = delete;
+  SubnormalsAreZero& operator=(const SubnormalsAreZero&) = delete;
+
+ private:
+  unsigned control_;
+};
+
+// Activations of M tokens rounded to bfloat16, as float32: [K / 32][token][32].
+inline const float* round_few_tokens(float* to, const Rows& rows) {
+  rows.each_block([&](int64_t row, int64_t index, const float (&block)[kBlock]) {
+    float* x = to + (index * rows.count + row) * kBlock;
+    for (int i = 0; i < kBlock; ++i) x[i] = to_float(to_bf16(block[i]));
+  });
+  return to;
+}
+
+// Sums of a panel. Not inlined, so that none of it moves to where subnormals count.
+template <int kBits, int M>
+[[gnu::noinline]] void sum_few_tokens(TileSums& result, const DequantizedPanels<kBits>& weights,
+                                      const float* x, int64_t panel) {
+  constexpr int kLineBytes = kBits == 4 ? 64 : 128;
+  constexpr int64_t kAhead = 2 * 1024;  // bytes of the stream: memory is always asked for something
+  const QuantizedPanels panels = weights.panels;
+  const vf upper = {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffff0000u)))};
+  const auto cut = [&](vf weight) FS_INLINE { return vf{_mm512_and_ps(weight.v, upper.v)}; };
+  const uint8_t* p = weights.packed + panel * panels.panel_bytes();
+  vf sums[2 * M];
+  each<2 * M>([&](auto i) FS_INLINE { sums[i.value] = zero(); });
+  for (int64_t block = 0; block < panels.num_blocks();) {
+    const RowScales rows[2] = {row_scales<kBits>(p, 0, panels.has_offsets, weights.zero_points),
+                               row_scales<kBits>(p, 16, panels.has_offsets, weights.zero_points)};
+    p += panels.header_bytes();
+    const int64_t end = block + panels.blocks_per_group();
+    for (; block < end && block < panels.num_blocks(); ++block) {
+      vf even[2 * M], odd[2 * M];
+      each<2 * M>([&](auto i) FS_INLINE { even[i.value] = odd[i.value] = zero(); });
+      each<kBlock / 4>([&](auto t) FS_INLINE {
+        __builtin_prefetch(p + kAhead, 0, 3);
+        if constexpr (kBits == 8) __builtin_prefetch(p + kAhead + 64, 0, 3);
+        dequantize_line<kBits>(p, rows, [&](auto half, auto pair, vf even_weight, vf odd_weight) FS_INLINE {
+          const vf even_cut = cut(even_weight), odd_cut = cut(odd_weight);
+          each<M>([&](auto m) FS_INLINE {
+            constexpr int kSum = half.value * M + m.value;
+            const float* inputs = x + m.value * kBlock + 4 * t.value + 2 * pair.value;
+            even[kSum] = fma(set1(inputs[0]), even_cut, even[kSum]);
+            odd[kSum] = fma(set1(inputs[1]), odd_cut, odd[kSum]);
+          });
+        });
+        p += kLineBytes;
+      });
+      x += M * kBlock;
+      each<2 * M>([&](auto i) FS_INLINE { sums[i.value] = sums[i.value] + (even[i.value] + odd[i.value]); });
+    }
+  }
+  each<2 * M>([&](auto i) FS_INLINE { store(result.value[i.value / M][i.value % M], sums[i.value]); });
+}
+
+template <int kBits>
+void multiply_few_tokens(const Rows& rows, float* workspace, const DequantizedPanels<kBits>& weights,
+                         const TileOutput& output) {
+  const float* x = round_few_tokens(workspace, rows);
+  const int64_t depth = weights.panels.padded_depth();
+  const auto range = [&](Span panels, Span) {
+    TileSums sums;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      {
+        const SubnormalsAreZero scope;
+        if (rows.count == 1) {
+          sum_few_tokens<kBits, 1>(sums, weights, x, panel);
+        } else {
+          sum_few_tokens<kBits, 2>(sums, weights, x, panel);
+        }
+      }
+      output.write(sums, panel, 0, static_cast<int>(rows.count));
+    }
+  };
+  static_assert(kFewTokens == 2);
+  for_panel_ranges(weights.panels.num_panels(), rows.count, depth * int64_t{sizeof(float)},
+                   kPanelRows * depth, kFewTokens, range);
+}
+
+}  // namespace fs::FS_ISA
