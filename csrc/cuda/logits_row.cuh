@@ -44,6 +44,13 @@ struct LogitsRow {
     for (int index = static_cast<int>(threadIdx.x); index < num_quads(); index += kRowThreads)
       f(index, quad(index));
   }
+  // The same, but the lanes of a warp come together, the last time perhaps with quads beyond the row.
+  template <class F>
+  __device__ __forceinline__ void visit_by_warps(const F& f) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    for (int index = static_cast<int>(threadIdx.x); index - lane < num_quads(); index += kRowThreads)
+      f(index, quad(index));
+  }
 };
 
 // Orders tokens by logit descending, then id ascending: larger comes first. All keys of a row differ.

@@ -43,20 +43,29 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return block_reduce(x, 0.0f, scratch, [](float a, float b) { return a + b; });
 }
 
-// The sum of x over this thread and those before it. The same rules as for block_reduce.
-__device__ __forceinline__ uint64_t block_inclusive_sum(uint64_t x, uint64_t* scratch) {
+// The sum of x, below 2^59, over the lanes of a warp: in pieces of 27 bits, of which 32 fit in 32.
+__device__ __forceinline__ uint64_t warp_total(uint64_t x) {
+  constexpr int kBits = 27;
+  constexpr uint64_t kPiece = (uint64_t{1} << kBits) - 1;
+  uint64_t total = 0;
+#pragma unroll
+  for (int shift = 0; shift < 64; shift += kBits) {
+    total += static_cast<uint64_t>(__reduce_add_sync(kAllLanes, static_cast<uint32_t>(x >> shift & kPiece)))
+             << shift;
+  }
+  return total;
+}
+
+// The sum of x over this lane and those before it.
+template <class T>
+__device__ __forceinline__ T warp_inclusive_sum(T x) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    const uint64_t before = __shfl_up_sync(kAllLanes, x, distance);
+    const T before = __shfl_up_sync(kAllLanes, x, distance);
     if (lane >= distance) x += before;
   }
-  if (lane == kWarp - 1) scratch[warp] = x;
-  __syncthreads();
-  const uint64_t of_warps =
-      warp_reduce(lane < warp ? scratch[lane] : 0, [](uint64_t a, uint64_t b) { return a + b; });
-  return x + of_warps;
+  return x;
 }
 
 }  // namespace fs::cuda

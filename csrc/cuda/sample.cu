@@ -6,8 +6,9 @@
 //
 // One block per row; a grid of as many blocks as the workspace has rows. Passes over the logits (V floats,
 // from L2 after the first): greedy 1; temperature alone 2; top-k 2; top-p 3; one more, and V floats written,
-// if the request changes its logits. What top-k and top-p choose from is first cut down by a bound to a short
-// list. Bytes per row at least: V logits, once; bound: memory latency of one multiprocessor per row.
+// if the request changes its logits. What top-k and top-p choose from is first cut down by a bound to a list,
+// which stays in shared memory while it is short. Bytes per row at least: V logits, once; bound: memory
+// latency of one multiprocessor per row.
 //
 // What is out of range (the CPU op throws, a kernel cannot): ids outside the vocabulary are ignored, a mask
 // that does not exist allows no token.
@@ -105,23 +106,23 @@ struct Scratch {
   uint64_t for_scan[kMaxWarps];
   uint64_t for_mass[kMaxWarps];
   uint64_t for_winner[kMaxWarps];
-  int list_count;
+  TokenListScratch list;
 };
 
-// Lets the listed tokens with key >= cut race, after top_p took its share of them.
-__device__ __forceinline__ void race_list(const TokenList& list, int size, const RowScale& scale,
+// Lets the listed tokens with key >= cut race, after top_p took its share of them. All keys are in `range`.
+__device__ __forceinline__ void race_list(const TokenList& list, const KeyRange& range, const RowScale& scale,
                                           uint64_t cut, bool has_top_p, uint64_t target, Scratch& scratch,
                                           Race& race) {
   if (has_top_p) {
-    const uint64_t cut_of_mass = find_cut(target, scratch.select, [&](const auto& f) {
-      list.visit(size, [&](int id, float logit) {
+    const uint64_t cut_of_mass = find_cut(target, range, 64, scratch.select, [&](const auto& f) {
+      list.visit([&](int id, float logit) {
         const uint64_t key = token_key(logit, id);
         if (key >= cut) f(key, mass_of(scale.weight(logit)));
       });
     });
     cut = cut_of_mass > cut ? cut_of_mass : cut;
   }
-  list.visit(size, [&](int id, float logit) {
+  list.visit([&](int id, float logit) {
     const float weight = scale.weight(logit);
     // A token without mass is never in the shortest prefix.
     if (token_key(logit, id) >= cut && (!has_top_p || mass_of(weight) > 0)) race.enter(id, weight);
@@ -149,7 +150,7 @@ __device__ __forceinline__ void race_row(const LogitsRow& row, const RowScale& s
 
 // The drawn token, in every thread.
 __device__ __forceinline__ int draw(const SampleArgs& args, int64_t b, const LogitsRow& row,
-                                    const RowScan& found, const TokenList& list, Scratch& scratch) {
+                                    const RowScan& found, TokenList& list, Scratch& scratch) {
   const float min_p = args.min_p == nullptr ? 0.0f : args.min_p[b];
   const int top_k = args.top_k == nullptr ? 0 : args.top_k[b];
   const float top_p = args.top_p == nullptr ? 1.0f : args.top_p[b];
@@ -161,29 +162,27 @@ __device__ __forceinline__ int draw(const SampleArgs& args, int64_t b, const Log
 
   if (has_top_k) {
     const uint32_t bound = bound_of_top_k(found.own_max, top_k, scratch.select);
-    row.visit([&](int index, const Quad& quad) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (order_key(quad.x[i]) >= bound && scale.keeps(quad.x[i])) list.add(4 * index + i, quad.x[i]);
-      }
+    row.visit_by_warps([&](int index, const Quad& quad) {
+      list.add(index, quad,
+               [&](int, float logit) { return order_key(logit) >= bound && scale.keeps(logit); });
     });
-    __syncthreads();
-    const int size = *list.count;
+    list.finish();
+    const KeyRange range = list.range(found.best);
     uint64_t cut = 0;
-    if (top_k < size) {
-      cut = find_cut(static_cast<uint64_t>(top_k), scratch.select, [&](const auto& f) {
-        list.visit(size, [&](int id, float logit) { f(token_key(logit, id), 1u); });
+    if (top_k < list.size()) {
+      cut = find_cut(static_cast<uint32_t>(top_k), range, 64, scratch.select, [&](const auto& f) {
+        list.visit([&](int id, float logit) { f(token_key(logit, id), 1u); });
       });
     }
     uint64_t target = 0;
     if (has_top_p) {
       uint64_t mass = 0;
-      list.visit(size, [&](int id, float logit) {
+      list.visit([&](int id, float logit) {
         if (token_key(logit, id) >= cut) mass += mass_of(scale.weight(logit));
       });
       target = mass_for(top_p, block_total(mass, scratch.for_mass));
     }
-    race_list(list, size, scale, cut, has_top_p, target, scratch, race);
+    race_list(list, range, scale, cut, has_top_p, target, scratch, race);
   } else if (has_top_p) {
     uint64_t mass = 0;
     row.visit([&](int, const Quad& quad) {
@@ -196,14 +195,11 @@ __device__ __forceinline__ int draw(const SampleArgs& args, int64_t b, const Log
     // the rest still reaches the target, so none of them is in the shortest prefix.
     const uint64_t spare = (total - target) / static_cast<uint64_t>(row.vocab);
     const uint64_t least = spare > 1 ? spare : 1;
-    row.visit([&](int index, const Quad& quad) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (mass_of(scale.weight(quad.x[i])) >= least) list.add(4 * index + i, quad.x[i]);
-      }
+    row.visit_by_warps([&](int index, const Quad& quad) {
+      list.add(index, quad, [&](int, float logit) { return mass_of(scale.weight(logit)) >= least; });
     });
-    __syncthreads();
-    race_list(list, *list.count, scale, 0, true, target, scratch, race);
+    list.finish();
+    race_list(list, list.range(found.best), scale, 0, true, target, scratch, race);
   } else {
     race_row(row, scale, found.best, race);
   }
@@ -215,9 +211,7 @@ __device__ __forceinline__ int sample_row(const SampleArgs& args, int64_t b, flo
                                           Scratch& scratch) {
   LogitsRow row{args.logits + b * args.stride, args.vocab, args.aligned};
   const int padded = (args.vocab + 3) / 4 * 4;
-  const TokenList list{workspace + padded, reinterpret_cast<int32_t*>(workspace + padded + args.vocab),
-                       &scratch.list_count};
-  if (threadIdx.x == 0) scratch.list_count = 0;
+  TokenList list(workspace + padded, args.vocab, scratch.list);
   if (args.changes.any(b)) {
     if (!change_logits(args.changes, b, row, workspace)) return kUnsound;
     row = LogitsRow{workspace, args.vocab, true};

@@ -39,7 +39,7 @@ struct Scratch {
   double for_sum[kMaxWarps];
   int for_rank[kMaxWarps];
   double log_sum;
-  int list_count;
+  TokenListScratch list;
   int top_count;
 };
 
@@ -61,15 +61,15 @@ __device__ __forceinline__ void write_failed_row(const LogprobArgs& args, int64_
 
 // The listed tokens hold the num_top first ones of the order: writes those, each at its rank, which is
 // counted: quadratic in num_top, which is small or rare. `top` has room for num_top keys.
-__device__ __forceinline__ void write_top(const LogprobArgs& args, int64_t b, const TokenList& list, int size,
-                                          uint64_t* top, Scratch& scratch) {
+__device__ __forceinline__ void write_top(const LogprobArgs& args, int64_t b, const TokenList& list,
+                                          uint64_t best, uint64_t* top, Scratch& scratch) {
   uint64_t cut = 0;
-  if (args.num_top < size) {
-    cut = find_cut(static_cast<uint64_t>(args.num_top), scratch.select, [&](const auto& f) {
-      list.visit(size, [&](int id, float logit) { f(token_key(logit, id), 1u); });
-    });
+  if (args.num_top < list.size()) {
+    cut = find_cut(
+        static_cast<uint32_t>(args.num_top), list.range(best), 64, scratch.select,
+        [&](const auto& f) { list.visit([&](int id, float logit) { f(token_key(logit, id), 1u); }); });
   }
-  list.visit(size, [&](int id, float logit) {
+  list.visit([&](int id, float logit) {
     const uint64_t key = token_key(logit, id);
     if (key >= cut) top[atomicAdd(&scratch.top_count, 1)] = key;
   });
@@ -86,11 +86,8 @@ __device__ __forceinline__ void write_top(const LogprobArgs& args, int64_t b, co
 __device__ __forceinline__ void logprobs_of_row(const LogprobArgs& args, int64_t b, float* workspace,
                                                 Scratch& scratch) {
   const LogitsRow row{args.logits + b * args.stride, args.vocab, args.aligned};
-  const TokenList list{workspace, reinterpret_cast<int32_t*>(workspace + args.vocab), &scratch.list_count};
-  if (threadIdx.x == 0) {
-    scratch.list_count = 0;
-    scratch.top_count = 0;
-  }
+  TokenList list(workspace, args.vocab, scratch.list);
+  if (threadIdx.x == 0) scratch.top_count = 0;
   const RowScan found = scan_row(row, scratch.for_scan);
   const float max = logit_of_key(found.best);
   if (!found.sound || max == kMinusInfinity) return write_failed_row(args, b);
@@ -101,14 +98,14 @@ __device__ __forceinline__ void logprobs_of_row(const LogprobArgs& args, int64_t
   const uint32_t bound = args.num_top > 0 ? bound_of_top_k(found.own_max, args.num_top, scratch.select) : ~0u;
   float sums[4] = {};
   int before = 0;
-  row.visit([&](int index, const Quad& quad) {
+  row.visit_by_warps([&](int index, const Quad& quad) {
+    const auto exists = [&](int i) { return 4 * index + i < args.vocab; };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       sums[i] += exp2_approx((quad.x[i] - max) * kLog2E);
-      if (4 * index + i >= args.vocab) continue;
-      before += token_key(quad.x[i], 4 * index + i) > own_key ? 1 : 0;
-      if (order_key(quad.x[i]) >= bound) list.add(4 * index + i, quad.x[i]);
+      before += exists(i) && token_key(quad.x[i], 4 * index + i) > own_key ? 1 : 0;
     }
+    list.add(index, quad, [&](int i, float logit) { return exists(i) && order_key(logit) >= bound; });
   });
   const double sum =
       block_reduce(static_cast<double>(sums[0] + sums[1]) + static_cast<double>(sums[2] + sums[3]), 0.0,
@@ -120,10 +117,13 @@ __device__ __forceinline__ void logprobs_of_row(const LogprobArgs& args, int64_t
     args.logprobs[b] = known ? logprob_of(row.logits[id], log_sum) : __uint_as_float(0x7fc00000u);
     args.ranks[b] = known ? 1 + before : 0;
   }
-  __syncthreads();
+  list.finish();  // and log_sum is there
   if (args.num_top > 0) {
-    auto* top = reinterpret_cast<uint64_t*>(workspace + 2 * static_cast<int64_t>(args.vocab));
-    write_top(args, b, list, *list.count, top, scratch);
+    // The list leaves room for the second only because it then holds all tokens.
+    auto* in_memory =
+        reinterpret_cast<uint64_t*>(workspace + 4 * static_cast<int64_t>(args.vocab)) - args.num_top;
+    auto* in_shared = reinterpret_cast<uint64_t*>(scratch.select.mass);
+    write_top(args, b, list, found.best, args.num_top <= kRowThreads ? in_shared : in_memory, scratch);
   }
 }
 

@@ -49,7 +49,9 @@ def test_the_same_tokens_as_on_the_cpu(device: SimulatedDevice | Gpu, vocab: int
         (RowParams(temperature=1.0, seed=1), 2),
         (RowParams(temperature=1.0, seed=1, top_k=40), 2),
         (RowParams(temperature=1.0, seed=1, top_k=40, top_p=0.9), 2),
+        (RowParams(temperature=1.0, seed=1, top_k=1500), 2),
         (RowParams(temperature=1.0, seed=1, top_p=0.9), 3),
+        (RowParams(temperature=2.0, seed=1, top_p=0.999), 3),
     ],
 )
 def test_reads_the_logits_so_many_times(device: SimulatedDevice, params: RowParams, passes: int) -> None:
@@ -57,17 +59,29 @@ def test_reads_the_logits_so_many_times(device: SimulatedDevice, params: RowPara
     device.run("sample", arguments_of(logits, [params]))
     (launch,) = device.counters()
     assert launch["buffers"]["logits"]["read"] == passes * logits.numel() * 4
-    assert_ideal_loads(launch)
-    if params.top_k <= 0 and params.top_p >= 1:  # else the candidates are gathered, wherever they lie
-        for space, unit in (("global", "sectors"), ("shared", "wavefronts")):
-            stores = launch[space]["store"]
-            assert stores[unit] == stores["ideal_sectors" if space == "global" else "ideal"]
+    assert_ideal_accesses(launch)
 
 
-def assert_ideal_loads(launch: dict[str, Any]) -> None:
-    """Every sector that was fetched was asked for in full, and no two lanes wanted one bank at a time."""
-    assert launch["global"]["load"]["sectors"] == launch["global"]["load"]["ideal_sectors"]
-    assert launch["shared"]["load"]["wavefronts"] == launch["shared"]["load"]["ideal"]
+@pytest.mark.parametrize("device", [d for d in DEVICES if isinstance(d, SimulatedDevice)], ids=lambda d: d.name)
+def test_a_short_list_of_candidates_stays_in_shared_memory_and_a_long_one_leaves_it_in_whole_lines(
+    device: SimulatedDevice,
+) -> None:
+    vocab = 8192
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(5)) * 4
+    for params, lists in ((RowParams(temperature=1.0, top_k=40, top_p=0.9), 0), (RowParams(2.0, top_p=0.999), 1)):
+        device.run("sample", arguments_of(logits, [params] * 2))
+        (launch,) = device.counters()
+        assert_ideal_accesses(launch)
+        written = launch["buffers"].get("workspace", {"written": 0})["written"]
+        assert written % 256 == 0  # 32 logits and 32 ids at a time
+        assert lists * logits.numel() * 4 <= written <= lists * logits.numel() * 8
+
+
+def assert_ideal_accesses(launch: dict[str, Any]) -> None:
+    """Every sector that was touched was used in full, and no two lanes wanted one bank at a time, atomics included."""
+    for kind in ("load", "store"):
+        assert launch["global"][kind]["sectors"] == launch["global"][kind]["ideal_sectors"], kind
+        assert launch["shared"][kind]["wavefronts"] == launch["shared"][kind]["ideal"], kind
 
 
 @pytest.mark.parametrize("device", [d for d in DEVICES if isinstance(d, SimulatedDevice)], ids=lambda d: d.name)
@@ -76,7 +90,7 @@ def test_token_logprobs_reads_the_logits_twice_and_in_whole_sectors(device: Simu
     arguments = case.make(torch.Generator().manual_seed(5))
     device.run("token_logprobs", arguments)
     (launch,) = device.counters()
-    assert_ideal_loads(launch)
+    assert_ideal_accesses(launch)
     logits = arguments["logits"]
     # And each of a row's 1,024 threads looks at the logit of the row's token, which is one sector for all of them.
     assert launch["buffers"]["logits"]["read"] == 2 * logits.numel() * 4 + logits.shape[0] * 4 * (1024 + 1)
