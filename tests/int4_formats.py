@@ -150,3 +150,21 @@ def quantize_folder(plain: Path, out: Path, kind: str, group_size: int) -> None:
     (out / "config.json").write_text(
         json.dumps(config | {"quantization_config": quantization_config(kind, group_size)})
     )
+
+
+def to_int8(folder: Path, *names: str) -> None:
+    """Makes matrices of a folder that are not quantised int8, in groups of 32: the last parts of their names. Their
+    values, exactly, go to its dense twin. The folder's config must be of the kind "fastserve"."""
+    path, twin_path = folder / "model.safetensors", folder / "dense" / "model.safetensors"
+    stored, twins = load_file(path), load_file(twin_path)
+    for name in [name for name in stored if name.endswith(".weight") and name.split(".")[-2] in names]:
+        rows, depth = stored[name].shape
+        generator = torch.Generator().manual_seed(rows + depth)
+        codes = torch.randint(-128, 128, (rows, depth), generator=generator)
+        scales = (
+            (0.5 + torch.rand(rows, -(-depth // 32), generator=generator)) * float(stored[name].std()) / 90
+        ).half()
+        stored |= {name: codes.to(torch.int8), f"{name}_scale": scales}
+        twins[name] = scales.float().repeat_interleave(32, 1)[:, :depth] * codes.float()
+    save_file(stored, path, metadata={"format": "pt"})
+    save_file(twins, twin_path, metadata={"format": "pt"})

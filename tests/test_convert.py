@@ -24,7 +24,7 @@ from fastserve.model_config import ModelConfig
 from fastserve.tokenizer import IncrementalDetokenizer, Tokenizer
 from fastserve.weights import gguf as gguf_module
 from fastserve.weights.gguf import convert_gguf, half_rotation_rows
-from fastserve.weights.gguf_int4 import read_int4
+from fastserve.weights.gguf_blocks import read_int4, read_int8
 from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint
 from fastserve.weights.safetensors import open_checkpoint
 from tiny_models import make_tiny_checkpoint
@@ -168,32 +168,42 @@ def test_weights_of_every_simple_type(tmp_path: Path, kind: str, tied: bool) -> 
 
 
 def dense(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a folder in float32 under their dense names, int4 ones dequantised."""
+    """All weights of a folder in float32 under their dense names, quantised ones dequantised."""
     config = ModelConfig.from_dir(folder)
     assert config.quantization is not None
     checkpoint = open_checkpoint(folder)
-    int4 = QuantizedCheckpoint(checkpoint, config.quantization)
+    quantized = QuantizedCheckpoint(checkpoint, config.quantization)
     result = {name: checkpoint.tensor(name).float() for name in checkpoint.names() if name.endswith(".weight")}
+    for name in list(result):
+        if quantized.holds_int8(name.removesuffix(".weight")):
+            result[name] = quantized.read_int8(name.removesuffix(".weight"), *checkpoint.shape(name)).dequantize()
     for name in checkpoint.names():
         if name.endswith(".weight_shape"):
             linear = name.removesuffix(".weight_shape")
-            result[f"{linear}.weight"] = int4.read(linear, *checkpoint.tensor(name).tolist()).dequantize()
+            result[f"{linear}.weight"] = quantized.read(linear, *checkpoint.tensor(name).tolist()).dequantize()
     return result
 
 
 @pytest.mark.parametrize(
-    ("kinds", "num_int4", "method"),
+    ("kinds", "num_int4", "int8", "method"),
     [
-        ({"kind": "Q4_0"}, 7, "compressed-tensors"),
-        ({"kind": "Q4_1"}, 7, "fastserve"),
-        ({"kind": "Q4_1", "others": {"v_proj": "Q4_0"}}, 7, "fastserve"),
-        ({"kind": "Q4_0", "others": {"v_proj": "Q8_0"}}, 4, "compressed-tensors"),
-        ({"kind": "Q4_1", "others": {"down_proj": "Q5_0", "up_proj": "Q8_0"}}, 4, "fastserve"),
+        ({"kind": "Q4_0"}, 7, [], "compressed-tensors"),
+        ({"kind": "Q4_1"}, 7, [], "fastserve"),
+        ({"kind": "Q4_1", "others": {"v_proj": "Q4_0"}}, 7, [], "fastserve"),
+        ({"kind": "Q4_0", "others": {"v_proj": "Q8_0"}}, 4, [], "compressed-tensors"),
+        ({"kind": "Q4_1", "others": {"down_proj": "Q5_0", "up_proj": "Q8_0"}}, 4, [], "fastserve"),
+        ({"kind": "Q4_0", "others": {"embed_tokens": "Q8_0"}}, 7, ["embed_tokens"], "fastserve"),
+        ({"kind": "Q4_1", "others": {"down_proj": "Q8_0", "lm_head": "Q8_0"}}, 6, ["down_proj", "lm_head"],
+         "fastserve"),
+        ({"kind": "Q8_0", "others": {"k_proj": "F16"}}, 0,
+         ["down_proj", "embed_tokens", "gate_proj", "lm_head", "o_proj", "up_proj"], "fastserve"),
     ],
-)
-def test_four_bit_weights_stay_as_they_are(tmp_path: Path, kinds: dict[str, Any], num_int4: int, method: str) -> None:
+)  # fmt: skip
+def test_quantised_weights_stay_as_they_are(
+    tmp_path: Path, kinds: dict[str, Any], num_int4: int, int8: list[str], method: str
+) -> None:
     """The file's own values to the last bit, from the codes and scales of the file; projections that an engine joins
-    are int4 together or not at all."""
+    are kept together or not at all."""
     expected = write_gguf(tmp_path / "m.gguf", tied=False, **kinds)
     folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
     weights = dense(folder)
@@ -202,8 +212,10 @@ def test_four_bit_weights_stay_as_they_are(tmp_path: Path, kinds: dict[str, Any]
         assert torch.equal(weights[name], value), name
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == method
-    packed = [name for name in open_checkpoint(folder).names() if name.endswith("weight_packed")]
+    checkpoint = open_checkpoint(folder)
+    packed = [name for name in checkpoint.names() if name.endswith("weight_packed")]
     assert len(packed) == num_int4
+    assert sorted(n.split(".")[-2] for n in checkpoint.names() if checkpoint.dtype(n) == torch.int8) == int8
     if method == "compressed-tensors":
         ignored = config["quantization_config"]["ignore"]
         assert ignored == ["lm_head", *sorted(ignored[1:], key=ignored.index)]
@@ -226,10 +238,23 @@ def test_a_block_is_what_its_description_says() -> None:
                 assert float(weight[row, 32 * block + i]) == np.float32(scale) * code + np.float32(minimum)
 
 
-def test_four_bit_weights_that_are_not_finite(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", "Q4_0")
+def test_an_8_bit_block_is_what_its_description_says() -> None:
+    generator = np.random.default_rng(4)
+    data = generator.integers(0, 256, (2, 3 * 34), dtype=np.uint8)
+    data.reshape(2, 3, 34)[:, :, :2] = generator.random((2, 3, 1)).astype(np.float16).view(np.uint8)
+    weight = read_int8(data, 2, 96).dequantize()
+    for row in range(2):
+        for block in range(3):
+            scale, *codes = struct.unpack("<e32b", data[row, 34 * block : 34 * block + 34].tobytes())
+            assert weight[row, 32 * block : 32 * block + 32].tolist() == [np.float32(scale) * code for code in codes]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_quantised_weights_that_are_not_finite(tmp_path: Path, kind: str) -> None:
+    write_gguf(tmp_path / "m.gguf", kind)
     content = bytearray((tmp_path / "m.gguf").read_bytes())
-    content[-18:-16] = struct.pack("<e", math.nan)
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]  # the last one begins with its scale
+    content[-block : -block + 2] = struct.pack("<e", math.nan)
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ModelLoadError, match=r"m\.gguf: tensor 'blk\.0\.ffn_down\.weight': scales hold NaN"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
@@ -238,7 +263,7 @@ def test_four_bit_weights_that_are_not_finite(tmp_path: Path) -> None:
 def test_the_same_weights_as_transformers_reads_from_the_file(tmp_path: Path) -> None:
     """transformers reads GGUF by its own code, with its own un-permutation of the rows."""
     write_gguf(tmp_path / "m.gguf", "Q8_0")
-    folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32")
+    folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype="float32", dequantize=True)
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = load_gguf_checkpoint(str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=ours)["tensors"]
     state = ours.state_dict()

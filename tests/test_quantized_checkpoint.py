@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from fastserve import LLM, ModelLoadError, SamplingParams, _native
 from fastserve.config import EngineConfig
 from fastserve.engine.runner import ModelRunner
 from fastserve.json_file import Fields
+from fastserve.layers import Int8Linear, PackedLinear
 from fastserve.weights.quantization_config import (
     QuantizationConfig,
     compressed_tensors_config,
@@ -30,7 +33,7 @@ from fastserve.weights.quantized_checkpoint import (
     unpack_nibbles,
 )
 from fastserve.weights.safetensors import open_checkpoint
-from int4_formats import KINDS, quantization_config, quantize_folder, random_linear
+from int4_formats import KINDS, quantization_config, quantize_folder, random_linear, to_int8
 from tiny_models import make_tiny_checkpoint
 
 
@@ -112,6 +115,62 @@ def test_a_model_computes_as_with_the_weights_written_out(tmp_path: Path, kind: 
         assert exact[0] == written_out[0]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_matrices_compute_as_the_weights_written_out(tmp_path: Path, tied: bool) -> None:
+    """Embedding and head in 8 bits beside int4 linears, as a Q4_1 file with Q8_0 tables gives them."""
+    make_tiny_checkpoint(tmp_path / "plain", intermediate_size=96, tie_word_embeddings=tied)
+    quantize_folder(tmp_path / "plain", tmp_path / "int8", "fastserve", 32)
+    to_int8(tmp_path / "int8", "embed_tokens", "lm_head")
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=3)
+
+    def run(folder: Path, **options: Any) -> tuple[Any, Any]:
+        with LLM(folder, max_model_len=64, num_threads=1, **options) as llm:
+            (output,) = llm.generate(["The quick brown fox jumps over"], params, use_tqdm=False)
+        return output.outputs[0].token_ids, output.prompt_logprobs
+
+    assert run(tmp_path / "int8", quantization="none") == run(tmp_path / "int8" / "dense")
+    isa = _native.isa()
+    try:
+        _native.set_isa("portable")  # where packed codes go through the very chain of the weights written out
+        assert run(tmp_path / "int8", activation_dtype="float") == run(tmp_path / "int8" / "dense")
+    finally:
+        _native.set_isa(isa)
+    runner = ModelRunner(tmp_path / "int8", EngineConfig(device="cpu", max_model_len=64))
+    model = runner.model
+    assert type(model.lm_head) is Int8Linear
+    rows, depth = model.config.vocab_size, model.config.hidden_size
+    assert model.embedding.num_bytes == rows * (depth + 2 * -(-depth // 32))
+    runner.close()
+
+
+def test_an_int8_model_file(tmp_path: Path) -> None:
+    """Every matrix in 8 bits, as of a Q8_0 file."""
+    make_tiny_checkpoint(tmp_path / "plain", intermediate_size=96, tie_word_embeddings=True, attention_bias=True)
+    shutil.copytree(tmp_path / "plain", tmp_path / "int8" / "dense")
+    for file in (tmp_path / "plain").iterdir():
+        shutil.copy(file, tmp_path / "int8")
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    to_int8(tmp_path / "int8", "embed_tokens", *names)
+    config = json.loads((tmp_path / "int8" / "config.json").read_text())
+    (tmp_path / "int8" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": fastserve_config(32, 8)})
+    )
+    outputs, layers = [], []
+    isa = _native.isa()
+    try:
+        _native.set_isa("portable")
+        for folder in (tmp_path / "int8", tmp_path / "int8" / "dense"):
+            with LLM(folder, max_model_len=64, num_threads=1, activation_dtype="float") as llm:
+                params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=3)
+                (output,) = llm.generate(["The quick brown fox jumps over"], params, use_tqdm=False)
+                outputs.append((output.outputs[0].token_ids, output.prompt_logprobs))
+                layers.append({type(linear) for linear in llm.loaded.runner.model.linears()})
+    finally:
+        _native.set_isa(isa)
+    assert outputs[0] == outputs[1]
+    assert layers == [{Int8Linear}, {PackedLinear}]
+
+
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=40))
 def test_packing_nibbles_and_back(codes: list[int]) -> None:
     packed = pack_nibbles(torch.tensor([codes], dtype=torch.uint8))
@@ -187,6 +246,36 @@ def test_a_lying_tensor_is_named(
         source.read("q_proj", 16, 96)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("weight", lambda t: t[:, :64]), r"q_proj\.weight' is torch.int8 \[16, 64\]; expected .*\[16, 96\]"),
+        (without("weight_scale"), r"q_proj\.weight_scale' is missing \(expected shape \[16, 3\]\)"),
+        (put("weight_scale", lambda t: t[:, :2]), r"q_proj\.weight_scale' is .*in groups of 32"),
+        (put("weight_scale", lambda t: t.to(torch.int8)), r"q_proj\.weight_scale' is torch.int8"),
+        (put("weight_scale", spoil(float("nan"))), r"q_proj\.weight_scale' holds NaN"),
+    ],
+)
+def test_a_lying_int8_tensor_is_named(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    tensors = {"weight": torch.zeros(16, 96, dtype=torch.int8), "weight_scale": torch.ones(16, 3).half()}
+    change(tensors)
+    source = open_quantized(tmp_path, tensors, fastserve_config(32, 8))
+    assert source.holds_int8("q_proj")
+    with pytest.raises(ModelLoadError, match=message):
+        source.read_int8("q_proj", 16, 96)
+
+
+def test_int8_without_a_config_that_says_so(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path / "plain", intermediate_size=96)
+    quantize_folder(tmp_path / "plain", tmp_path / "int8", "fastserve", 32)
+    to_int8(tmp_path / "int8", "embed_tokens")
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "int8")
+    with pytest.raises(ModelLoadError, match=r"embed_tokens\.weight' is torch.int8; expected float32"):
+        ModelRunner(tmp_path / "int8", EngineConfig(device="cpu"))
+
+
 @pytest.mark.parametrize("kind", ["gptq", "awq", "ct", "fastserve"])
 def test_a_lie_in_the_last_layer_is_found_before_the_first_is_loaded(tmp_path: Path, kind: str) -> None:
     make_tiny_checkpoint(tmp_path / "plain", intermediate_size=96)
@@ -249,6 +338,7 @@ def ct(**changes: Any) -> dict[str, Any]:
         (AWQ | {"version": "gemv"}, "version must be gemm"),
         (AWQ | {"zero_point": False}, "zero_point must be true"),
         (AWQ | {"bits": 3}, "bits must be 4"),
+        (fastserve_config(32, 3), "bits must be 4, or 8 where all quantised matrices are int8, got 3"),
         (CT | {"format": "float-quantized"}, "format must be one of pack-quantized, got 'float-quantized'"),
         (CT | {"config_groups": {}}, "config_groups must be an object with at least one group"),
         (CT | {"config_groups": []}, "config_groups must be an object"),
@@ -271,5 +361,6 @@ def test_what_is_not_read_says_what_is(config: dict[str, Any], message: str) -> 
 
 def test_the_configs_we_write_are_read() -> None:
     assert parse(fastserve_config(32)) == QuantizationConfig("fastserve", 32)
+    assert parse(fastserve_config(32, 8)) == QuantizationConfig("fastserve", 32)
     assert parse(compressed_tensors_config(64, True)) == QuantizationConfig("compressed-tensors", 64, True)
     assert parse(compressed_tensors_config(64, False)) == QuantizationConfig("compressed-tensors", 64, False)

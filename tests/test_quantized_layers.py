@@ -13,8 +13,8 @@ from fastserve import LLM, FastserveError, InvalidRequest, _native
 from fastserve.config import EngineConfig
 from fastserve.engine.device import CpuDevice
 from fastserve.layers import Int4Linear, Int8Linear, Linear, PackedLinear, SideBySide, make_int4_linear
+from fastserve.weights.int8 import round_int8
 from fastserve.weights.quantized import QuantizedWeight
-from fastserve.weights.round_int8 import round_int8
 from int4_formats import quantize_folder
 from tiny_models import make_tiny_checkpoint
 
@@ -96,17 +96,18 @@ def test_weights_rounded_to_8_bits(device: CpuDevice) -> None:
     weight = torch.randn(70, 100)
     weight[3, 32:64] = 0.0
     weight[4] *= 1e-9  # below what a float16 scale can say
-    codes, scales, group_size = round_int8(weight.bfloat16())
-    again = scales.float().repeat_interleave(group_size, 1)[:, :100] * codes.float()
-    step = scales.float().repeat_interleave(group_size, 1)[:, :100]
+    rounded = round_int8(weight.bfloat16())
+    codes, again = rounded.codes, rounded.dequantize()
+    step = rounded.scales.float().repeat_interleave(rounded.group_size, 1)[:, :100]
+    assert torch.equal(again, step * codes.float())
     near = torch.arange(70) != 4
     assert ((again - weight.bfloat16().float()).abs() <= step * 0.51 + 1e-7)[near].all()
     assert codes[3, 32:64].abs().max() == 0
     assert codes[near].abs().max() == 127
-    layer = Int8Linear(device, weight, None, 8)
-    x = torch.randn(9, 100)
-    assert mean_error(apply(layer, x), x.double() @ weight.double().T) < 1.5e-2
-    assert mean_error(apply(Int8Linear(device, weight, None, 16), x), x.double() @ weight.double().T) < 1e-2
+    x, rounded = torch.randn(9, 100), round_int8(weight)
+    for activation_bits, bar in ((8, 1.5e-2), (16, 1e-2)):
+        layer = Int8Linear(device, rounded, None, activation_bits)
+        assert mean_error(apply(layer, x), x.double() @ weight.double().T) < bar
 
 
 # --- in a model -------------------------------------------------------------------------------------------------------

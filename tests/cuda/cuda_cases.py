@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from op_cases import Arguments, Expected, OpCase, empty, normal, widen_rows
+from op_cases.embedding import int8_reference, make_int8
 
 EPS = 1e-5
 FORMATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,6 +37,20 @@ def embedding(tokens: int, hidden: int, dtype: torch.dtype) -> OpCase:
         id=f"aligned-T{tokens}-H{hidden}-{name_of(dtype)}",
         make=make,
         reference=lambda inputs: {"out": inputs["weight"][inputs["token_ids"].long()].double()},
+        length=0,
+        rows=("out", "token_ids"),
+    )
+
+
+def embedding_int8(tokens: int, hidden: int, dtype: torch.dtype) -> OpCase:
+    def make(generator: torch.Generator) -> Arguments:
+        return make_int8(generator, tokens, hidden, 32) | {"out": empty(tokens, hidden, dtype=dtype)}
+
+    return OpCase(
+        op="embedding_int8",
+        id=f"aligned-T{tokens}-H{hidden}-{name_of(dtype)}",
+        make=make,
+        reference=int8_reference,
         length=0,
         rows=("out", "token_ids"),
     )
@@ -183,6 +198,7 @@ def with_pair_magnitude(x: torch.Tensor) -> Expected:
 
 
 CUDA_CASES = [embedding(5, hidden, dtype) for dtype in FORMATS for hidden in (64, 2560)]
+CUDA_CASES += [embedding_int8(5, hidden, dtype) for dtype in FORMATS for hidden in (64, 2560)]
 CUDA_CASES += [unknown_ids()]
 CUDA_CASES += [
     rms_norm(3, hidden, dtype, residual, dtype)

@@ -13,6 +13,7 @@ from op_cases import Arguments, OpCase
 # have that format too.
 ACTIVATIONS = {
     "embedding": ("out", "weight"),
+    "embedding_int8": ("out",),
     "rms_norm": ("out", "x", "residual", "weight"),
     "silu_mul": ("out", "gate_up"),
     "rope_kv_write": ("q", "k", "v", "kv_cache", "q_norm", "k_norm"),

@@ -98,6 +98,9 @@ def fewest_bytes(case: OpCase, arguments: Arguments) -> tuple[dict[str, int], di
         return {"weight": arguments["out"].numel() * arguments["weight"].element_size()}, {
             "out": exact_bytes(arguments, "out")
         }
+    if case.op == "embedding_int8":
+        tokens, hidden = arguments["out"].shape
+        return {"codes": tokens * hidden}, {"out": exact_bytes(arguments, "out")}
     if case.op == "rms_norm":
         residual = {"residual": exact_bytes(arguments, "residual")} if arguments["residual"] is not None else {}
         return {"x": exact_bytes(arguments, "x"), **residual}, {"out": exact_bytes(arguments, "out"), **residual}

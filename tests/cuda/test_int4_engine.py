@@ -15,7 +15,7 @@ from fastserve.config import EngineConfig
 from fastserve.engine.device import CpuDevice
 from fastserve.engine.engine import Engine
 from fastserve.engine.runner import ModelRunner
-from int4_formats import quantize_folder
+from int4_formats import quantize_folder, to_int8
 from tiny_models import make_tiny_checkpoint
 
 MODULE = load_simulated()
@@ -39,18 +39,21 @@ def generate(runner: ModelRunner, prompts: list[list[int]]) -> list[list[int]]:
     return [tokens[str(i)] for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq-act"])
+@pytest.mark.parametrize("kind", ["awq", "gptq-act", "fastserve"])
 def test_int4_model_gives_the_tokens_of_the_cpu_alone_and_together(tmp_path: Path, kind: str) -> None:
     assert MODULE is not None
     plain = make_tiny_checkpoint(
         tmp_path / "plain", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64
     )
     quantize_folder(plain, tmp_path / "int4", kind, 32)
+    if kind == "fastserve":
+        to_int8(tmp_path / "int4", "embed_tokens", "lm_head")
     MODULE.configure(ASYNC_MODES["late"], 0)
     device = SimulatedCudaDevice(MODULE)
     runner = ModelRunner(tmp_path / "int4", CONFIG, device=device)
     together = generate(runner, PROMPTS)
     assert device.ops.num_launches["linear_int4"] > 0
+    assert (device.ops.num_launches["embedding_int8"] > 0) == (kind == "fastserve")
     assert generate(runner, PROMPTS[2:3]) == together[2:3]
     runner.close()
     on_cpu = ModelRunner(tmp_path / "int4", CONFIG, device=CpuDevice(2))

@@ -42,6 +42,45 @@ CASES = [
 ]
 
 
+# --- 8-bit codes ------------------------------------------------------------------------------------------------------
+
+
+def make_int8(generator: torch.Generator, tokens: int, hidden: int, group_size: int) -> Arguments:
+    groups = -(-hidden // group_size)
+    return {
+        "out": empty(tokens, hidden),
+        "token_ids": torch.randint(VOCAB, (tokens,), generator=generator, dtype=torch.int32),
+        "codes": torch.randint(-128, 128, (VOCAB, hidden), generator=generator).to(torch.int8),
+        "scales": normal(generator, VOCAB, groups).half(),
+        "group_size": group_size,
+    }
+
+
+def int8_reference(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    hidden, ids = inputs["codes"].shape[1], inputs["token_ids"].long()
+    scales = inputs["scales"].double().repeat_interleave(min(inputs["group_size"], hidden), 1)[:, :hidden]
+    exact = (scales * inputs["codes"].double())[ids]  # in float32, too: 8 bits times 11
+    return {"out": exact.float().to(inputs["out"].dtype).double()}
+
+
+def int8_case(tokens: int, hidden: int, group_size: int) -> OpCase:
+    return OpCase(
+        op="embedding_int8",
+        id=f"T{tokens}-H{hidden}-G{group_size}",
+        make=lambda generator: make_int8(generator, tokens, hidden, group_size),
+        reference=int8_reference,
+        length=0,
+        rows=("out", "token_ids"),
+    )
+
+
+CASES += [
+    int8_case(tokens, hidden, group_size)
+    for tokens, hidden, group_size in [(0, 8, 32), (1, 1, 32), (3, 7, 7), (16, 33, 32), (17, 100, 64), (35, 576, 32)]
+]
+CASES += [int8_case(3, 96, 1 << 40)]
+
+
 def with_id(generator: torch.Generator, token_id: int) -> Arguments:
     arguments = make(generator, 3, 8, torch.float32)
     arguments["token_ids"][1] = token_id
@@ -56,4 +95,25 @@ BAD_CASES = [
         rf"token_ids\[1\] is {bad}\b.*\b{VOCAB}\b",
     )
     for bad in (VOCAB, -1)
+]
+
+
+def changed_int8(**changes: Any) -> Any:
+    def make_changed(generator: torch.Generator) -> Arguments:
+        return make_int8(generator, 3, 100, 32) | changes
+
+    return make_changed
+
+
+BAD_CASES += [
+    BadCase("embedding_int8", "group-size", changed_int8(group_size=40), "group_size is 40; multiples of 32"),
+    BadCase(
+        "embedding_int8", "groups", changed_int8(group_size=64), "'scales' has 4 groups; 100 in groups of 64 are 2"
+    ),
+    BadCase(
+        "embedding_int8",
+        "token-id",
+        changed_int8(token_ids=torch.tensor([0, VOCAB, 1], dtype=torch.int32)),
+        rf"token_ids\[1\] is {VOCAB}\b.*\b{VOCAB}\b",
+    ),
 ]

@@ -14,9 +14,19 @@ import torch
 from fastserve.engine.batch import Batch, StepBuffers, StepViews
 from fastserve.engine.device import Device
 from fastserve.errors import ModelLoadError
-from fastserve.layers import Int8Linear, Linear, Precision, RMSNorm, make_int4_linear, make_linear, num_bytes
+from fastserve.layers import (
+    Embedding,
+    Int8Linear,
+    Linear,
+    Precision,
+    RMSNorm,
+    make_int4_linear,
+    make_linear,
+    num_bytes,
+)
 from fastserve.model_config import ModelConfig
 from fastserve.rope import cos_sin_table
+from fastserve.weights.int8 import Int8Weight, round_int8
 from fastserve.weights.quantization_config import QuantizationConfig
 from fastserve.weights.quantized import QuantizedWeight
 from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint
@@ -67,8 +77,8 @@ class Model:
             for parts, in_features in projections(config, index).values():
                 weights.check_headers(parts, in_features)  # before anything is read or allocated
         width, head = config.hidden_size, config.head_dim
-        embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, width)).contiguous()
-        self.embedding = device.upload(embedding)
+        table = weights.vocabulary("model.embed_tokens", config.vocab_size, width)
+        self.embedding = Embedding(device, table)
         self.layers = []
         for index in range(config.num_layers):
             self.layers.append(Layer(config, weights, index))
@@ -77,11 +87,11 @@ class Model:
         self.norm = weights.norm("model.norm.weight", width, config.rms_norm_eps)
         if config.tie_word_embeddings:
             weights.drop("lm_head.weight")
-            self.lm_head = weights.lm_head(embedding)
+            self.lm_head = weights.lm_head(table)
         elif weights.is_int4("lm_head"):
             self.lm_head = weights.linear([("lm_head", config.vocab_size)], width, bias=False)
         else:
-            self.lm_head = weights.lm_head(weights.take("lm_head.weight", (config.vocab_size, width)))
+            self.lm_head = weights.lm_head(weights.vocabulary("lm_head", config.vocab_size, width))
         weights.check_all_taken()
         self.cos_sin = device.upload(cos_sin_table(config.rope, head, max_model_len))
 
@@ -97,7 +107,7 @@ class Model:
     @property
     def num_bytes(self) -> int:
         layers = sum(layer.num_bytes for layer in self.layers)
-        return layers + num_bytes(self.embedding) + self.lm_head.num_bytes + num_bytes(self.cos_sin)
+        return layers + self.embedding.num_bytes + self.lm_head.num_bytes + num_bytes(self.cos_sin)
 
     def linears(self) -> Iterator[Linear]:
         for layer in self.layers:
@@ -107,7 +117,7 @@ class Model:
     def forward(self, batch: Batch, kv_cache: list[torch.Tensor], views: StepViews) -> None:
         """Compute all rows of the batch and write their keys and values to the cache. Leaves the hidden states in
         `views.residual` and `views.sublayer_out`, not yet added, for `logits`."""
-        self.ops.embedding(views.residual, batch.token_ids, self.embedding)
+        self.embedding(views.residual, batch.token_ids)
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             layer.forward(batch, cache, self.cos_sin, views)
 
@@ -185,6 +195,7 @@ class Weights:
         self.device = device
         self.precision = precision
         self.dtype = precision.dtype
+        self.keeps_int8_linears = precision.keep_int8 and device.has_int8
         self.left = {name for name in checkpoint.names() if not name.endswith(IGNORED_SUFFIXES)}
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -201,37 +212,62 @@ class Weights:
         return tensor.to(self.dtype)
 
     def check_headers(self, parts: Parts, in_features: int) -> None:
-        """Raises ModelLoadError for the first int4 tensor of these linears whose header cannot be right."""
+        """Raises ModelLoadError for the first quantised tensor of these linears whose header cannot be right."""
         for name, rows in parts:
-            if self.quantized is not None and self.quantized.holds(name):
+            if self.quantized is not None and (self.is_int4(name) or self.is_int8(name)):
                 self.quantized.check_headers(name, rows, in_features)
 
     def linear(self, parts: Parts, in_features: int, bias: bool) -> Linear:
         """Projections of the same input as one Linear, their outputs side by side in the order given."""
         biases = [self.take(f"{name}.bias", (rows,)) for name, rows in parts] if bias else []
+        bits, joined = self.precision.activation_bits, torch.cat(biases) if bias else None
         if self.precision.keep_int4 and all(self.is_int4(name) for name, _ in parts):
             codes = [self._int4(name, rows, in_features) for name, rows in parts]
-            return make_int4_linear(self.device, codes, biases, self.precision.activation_bits, parts[0][0])
+            return make_int4_linear(self.device, codes, biases, bits, parts[0][0])
+        if self.keeps_int8_linears and all(self.is_int8(name) for name, _ in parts):
+            weight = Int8Weight.stack([self._int8(name, rows, in_features) for name, rows in parts])
+            return Int8Linear(self.device, weight, joined, bits)
         weights = [self._matrix(name, rows, in_features) for name, rows in parts]
-        return make_linear(self.device, torch.cat(weights), torch.cat(biases) if bias else None)
+        return make_linear(self.device, torch.cat(weights), joined)
 
-    def lm_head(self, weight: torch.Tensor) -> Linear:
+    def vocabulary(self, name: str, rows: int, in_features: int) -> torch.Tensor | Int8Weight:
+        """The table of the embedding or the head. An int8 one stays so: gathering its rows works on every device."""
+        if self.is_int8(name) and self.precision.keep_int8:
+            return self._int8(name, rows, in_features)
+        return self._matrix(name, rows, in_features)
+
+    def lm_head(self, weight: torch.Tensor | Int8Weight) -> Linear:
+        if isinstance(weight, Int8Weight):
+            if self.keeps_int8_linears:
+                return Int8Linear(self.device, weight, None, self.precision.activation_bits)
+            return make_linear(self.device, weight.dequantize().to(self.dtype))
         if self.precision.int8_lm_head:
-            return Int8Linear(self.device, weight, None, self.precision.activation_bits)
+            return Int8Linear(self.device, round_int8(weight), None, self.precision.activation_bits)
         return make_linear(self.device, weight)
 
     def is_int4(self, name: str) -> bool:
         return self.quantized is not None and self.quantized.holds(name)
 
+    def is_int8(self, name: str) -> bool:
+        return self.quantized is not None and self.quantized.holds_int8(name)
+
     def _matrix(self, name: str, rows: int, in_features: int) -> torch.Tensor:
-        """The weight [rows, in_features] of a linear; an int4 one is dequantised."""
-        if not self.is_int4(name):
-            return self.take(f"{name}.weight", (rows, in_features))
-        return self._int4(name, rows, in_features).dequantize().to(self.dtype)
+        """The weight [rows, in_features] of a linear; a quantised one is dequantised."""
+        if self.is_int4(name):
+            return self._int4(name, rows, in_features).dequantize().to(self.dtype)
+        if self.is_int8(name):
+            return self._int8(name, rows, in_features).dequantize().to(self.dtype)
+        return self.take(f"{name}.weight", (rows, in_features))
 
     def _int4(self, name: str, rows: int, in_features: int) -> QuantizedWeight:
         assert self.quantized is not None
         weight = self.quantized.read(name, rows, in_features)
+        self.left -= set(self.quantized.tensor_names(name))
+        return weight
+
+    def _int8(self, name: str, rows: int, in_features: int) -> Int8Weight:
+        assert self.quantized is not None
+        weight = self.quantized.read_int8(name, rows, in_features)
         self.left -= set(self.quantized.tensor_names(name))
         return weight
 

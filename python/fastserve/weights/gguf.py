@@ -2,14 +2,13 @@
 """`fastserve convert model.gguf DIR`: a Hugging Face folder made of a GGUF file.
 
 The folder gets config.json, safetensors, tokenizer.json, tokenizer_config.json with the chat template, and
-generation_config.json. Linears in Q4_0 and Q4_1 keep their codes and scales (docs/quantization.md); everything else is
-dequantised, to bf16 by default. The `gguf` library reads and dequantises; ours are the checks, the names, the row order
-of the query and key weights, and the tokenizer. What cannot be converted faithfully is refused.
+generation_config.json. Matrices in Q4_0, Q4_1 and Q8_0 keep their codes and scales (docs/quantization.md); everything
+else is dequantised, to bf16 by default. The `gguf` library reads and dequantises; ours are the checks, the names, the
+row order of the query and key weights, and the tokenizer. What cannot be converted faithfully is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -145,32 +144,37 @@ class _GgufModel:
             values = half_rotation_rows(values, self.head_dim)
         return values.to(dtype).contiguous()
 
-    def int4_linears(self) -> dict[str, bool]:
-        """The linears that are stored in 4 bits and can stay so, see gguf_int4."""
-        from fastserve.weights.gguf_int4 import int4_linears
+    def kept_kinds(self) -> dict[str, str]:
+        """The matrices that stay as they are stored, see gguf_blocks."""
+        from fastserve.weights.gguf_blocks import kept_kinds
 
         kinds = {name: self.tensors[source].tensor_type.name for name, (source, _) in self.plan.items()}
-        return int4_linears(kinds)
+        return kept_kinds(kinds)
 
-    def int4_tensors(self, linear: str, minimums: bool) -> dict[str, torch.Tensor]:
-        """The tensors of a linear that stays int4, by their full names."""
-        from fastserve.weights.gguf_int4 import read_int4, with_minimums
-        from fastserve.weights.quantized_checkpoint import pack_quantized
+    def kept_tensors(self, matrix: str, kind: str) -> dict[str, torch.Tensor]:
+        """The tensors of a matrix that stays as it is, in the form of `kind`, by their full names."""
+        from fastserve.weights.gguf_blocks import read_int4, read_int8, with_minimums
+        from fastserve.weights.quantized_checkpoint import pack_int8, pack_quantized
 
-        source, (num_rows, depth) = self.plan[f"{linear}.weight"]
-        tensor = self.tensors[source]
-        weight = read_int4(tensor.data, tensor.tensor_type.name, num_rows, depth)
-        if minimums:
-            weight = with_minimums(weight)
-        if linear.endswith(("q_proj", "k_proj")):
-            weight = dataclasses.replace(
-                weight,
-                codes=half_rotation_rows(weight.codes, self.head_dim),
-                scales=half_rotation_rows(weight.scales, self.head_dim),
-                minimums=None if weight.minimums is None else half_rotation_rows(weight.minimums, self.head_dim),
-            )
-        weight.check(f"{self.path}: tensor {source!r}")
-        return {f"{linear}.{part}": value.contiguous() for part, value in pack_quantized(weight).items()}
+        source, (num_rows, depth) = self.plan[f"{matrix}.weight"]
+        tensor, where = self.tensors[source], f"{self.path}: tensor {source!r}"
+        if kind == "Q8_0":
+            int8 = read_int8(tensor.data, num_rows, depth)
+            int8.check(where)
+            tensors = pack_int8(int8)
+        else:
+            weight = read_int4(tensor.data, tensor.tensor_type.name, num_rows, depth)
+            if kind == "Q4_1":
+                weight = with_minimums(weight)
+            weight.check(where)
+            tensors = pack_quantized(weight)
+        if matrix.endswith(("q_proj", "k_proj")):
+            tensors |= {
+                part: half_rotation_rows(value, self.head_dim)
+                for part, value in tensors.items()
+                if part != "weight_shape"
+            }
+        return {f"{matrix}.{part}": value.contiguous() for part, value in tensors.items()}
 
     def token(self, key: str) -> tuple[int, str] | None:
         """(id, text) of a special token that the metadata names by id."""
@@ -190,7 +194,7 @@ def half_rotation_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
-def _config(model: _GgufModel, dtype: str, int4: dict[str, bool]) -> dict[str, Any]:
+def _config(model: _GgufModel, dtype: str, kept: dict[str, str]) -> dict[str, Any]:
     fields = model.fields
     scaling = fields.choice(f"{ARCHITECTURE}.rope.scaling.type", ("none", "linear"), "none")
     factor = fields.number(f"{ARCHITECTURE}.rope.scaling.factor", 1.0, 1e6, 1.0)
@@ -218,19 +222,20 @@ def _config(model: _GgufModel, dtype: str, int4: dict[str, bool]) -> dict[str, A
         "bos_token_id": bos[0] if bos else None,
         "eos_token_id": eos[0] if eos else None,
         "torch_dtype": dtype,
-        **({"quantization_config": _quantization_config(model, int4)} if int4 else {}),
+        **({"quantization_config": _quantization_config(model, kept)} if kept else {}),
     }
 
 
-def _quantization_config(model: _GgufModel, int4: dict[str, bool]) -> dict[str, Any]:
-    """compressed-tensors' where that format can say it, for other engines to read; ours where there are minimums."""
-    from fastserve.weights.gguf_int4 import BLOCK
+def _quantization_config(model: _GgufModel, kept: dict[str, str]) -> dict[str, Any]:
+    """compressed-tensors' where that format can say it, for other engines to read; ours where there are minimums or
+    int8 matrices."""
+    from fastserve.weights.gguf_blocks import BLOCK
     from fastserve.weights.quantization_config import compressed_tensors_config, fastserve_config
 
-    if any(int4.values()):
-        return fastserve_config(BLOCK)
+    if set(kept.values()) != {"Q4_0"}:
+        return fastserve_config(BLOCK, 8 if set(kept.values()) == {"Q8_0"} else 4)
     linears = (name.removesuffix(".weight") for name in model.plan if name.endswith("_proj.weight"))
-    return compressed_tensors_config(BLOCK, True, [name for name in linears if name not in int4])
+    return compressed_tensors_config(BLOCK, True, [name for name in linears if name not in kept])
 
 
 def _shortest_fp32(value: float) -> float:
@@ -301,13 +306,14 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _shards(model: _GgufModel, dtype: torch.dtype, int4: dict[str, bool]) -> Iterator[list[str]]:
+def _shards(model: _GgufModel, dtype: torch.dtype, kept: dict[str, str]) -> Iterator[list[str]]:
     """The tensor names in groups of at most MAX_SHARD_BYTES (a larger tensor alone)."""
+    bits = {"Q4_0": 5, "Q4_1": 5, "Q8_0": 9}  # of a weight with its share of scales, rounded up
     group: list[str] = []
     group_bytes = 0
     for name, (_, shape) in model.plan.items():
-        is_int4 = name.removesuffix(".weight") in int4
-        num_bytes = math.prod(shape) * 5 // 8 + 16 if is_int4 else math.prod(shape) * dtype.itemsize
+        kind = kept.get(name.removesuffix(".weight"))
+        num_bytes = math.prod(shape) * dtype.itemsize if kind is None else math.prod(shape) * bits[kind] // 8 + 16
         if group and group_bytes + num_bytes > MAX_SHARD_BYTES:
             yield group
             group, group_bytes = [], 0
@@ -317,11 +323,11 @@ def _shards(model: _GgufModel, dtype: torch.dtype, int4: dict[str, bool]) -> Ite
 
 
 def _write_weights(
-    model: _GgufModel, folder: Path, dtype: torch.dtype, int4: dict[str, bool], progress: Progress | None
+    model: _GgufModel, folder: Path, dtype: torch.dtype, kept: dict[str, str], progress: Progress | None
 ) -> None:
     from safetensors.torch import save_file
 
-    groups = list(_shards(model, dtype, int4))
+    groups = list(_shards(model, dtype, kept))
     files = ["model.safetensors"]
     if len(groups) > 1:
         files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
@@ -330,9 +336,9 @@ def _write_weights(
     for file, group in zip(files, groups, strict=True):
         tensors: dict[str, torch.Tensor] = {}
         for name in group:
-            linear = name.removesuffix(".weight")
-            if linear in int4:
-                tensors |= model.int4_tensors(linear, int4[linear])
+            matrix = name.removesuffix(".weight")
+            if matrix in kept:
+                tensors |= model.kept_tensors(matrix, kept[matrix])
             else:
                 tensors[name] = model.tensor(name, dtype)
             done += 1
@@ -368,7 +374,8 @@ def convert_gguf(
 ) -> Path:
     """Convert a GGUF file to a Hugging Face folder and return the folder.
 
-    Linears in Q4_0 and Q4_1 stay int4, code for code, unless `dequantize`; all other weights become `dtype`.
+    Linears in Q4_0, Q4_1 and Q8_0, and embeddings and heads in Q8_0, stay so, code for code, unless `dequantize`; all
+    other weights become `dtype`.
     The folder appears complete or not at all. An existing one is replaced only with force=True, and only if
     it is empty or a model folder. Raises ModelLoadError for a file that cannot be converted faithfully.
     """
@@ -391,13 +398,13 @@ def convert_gguf(
     try:
         folder = workspace / "new"
         folder.mkdir()
-        int4 = {} if dequantize else model.int4_linears()
-        _write_json(folder / "config.json", _config(model, dtype, int4))
+        kept = {} if dequantize else model.kept_kinds()
+        _write_json(folder / "config.json", _config(model, dtype, kept))
         ids = {key: model.token(key) for key in ("bos_token_id", "eos_token_id", "padding_token_id")}
         named = {key.replace("padding", "pad"): token[0] for key, token in ids.items() if token is not None}
         _write_json(folder / "generation_config.json", named)
         _write_tokenizer(model, folder)
-        _write_weights(model, folder, getattr(torch, dtype), int4, progress)
+        _write_weights(model, folder, getattr(torch, dtype), kept, progress)
         _verify(folder)
         if out.exists():
             out.rename(workspace / "old")

@@ -110,14 +110,17 @@ def _compressed_group(groups: Fields, name: str) -> QuantizationConfig:
 
 
 def _fastserve(fields: Fields) -> QuantizationConfig:
-    """Ours: the tensors of pack-quantized, each linear with zero points, with minimums or with neither."""
-    _four_bits(fields, "bits")
+    """Ours: the tensors of pack-quantized, each linear with zero points, with minimums or with neither, beside int8
+    matrices. Which is which is seen from the tensors."""
+    if fields.data.get("bits") not in (4, 8) or type(fields.data["bits"]) is not int:
+        raise fields.error("bits", "4, or 8 where all quantised matrices are int8")
     return QuantizationConfig("fastserve", _group_size(fields, "group_size"))
 
 
-def fastserve_config(group_size: int) -> dict[str, Any]:
-    """The quantization_config that `fastserve convert` and `fastserve quantize` write for weights with minimums."""
-    return {"quant_method": "fastserve", "bits": 4, "group_size": group_size}
+def fastserve_config(group_size: int, bits: int = 4) -> dict[str, Any]:
+    """The quantization_config that `fastserve convert` and `fastserve quantize` write where there are minimums or int8
+    matrices; bits: of the linears."""
+    return {"quant_method": "fastserve", "bits": bits, "group_size": group_size}
 
 
 def compressed_tensors_config(group_size: int, symmetric: bool, not_int4: Sequence[str] = ()) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fastserve.layers import Precision, make_linear
 from fastserve.model_config import CONFIG_FILE, ModelConfig
 from fastserve.models import model_class_for
 from fastserve.weights.calibration import CalibrationText, RecordingLinear
-from fastserve.weights.gguf_int4 import TOGETHER
+from fastserve.weights.gguf_blocks import TOGETHER
 from fastserve.weights.gptq import round_gptq
 from fastserve.weights.quantization_config import (
     WHOLE_ROW,
@@ -135,7 +135,7 @@ class _Run:
         torch.set_num_threads(_native.num_threads())  # the native pool rests while torch multiplies
         self.model_class = model_class_for(config.architecture)
         self.weights = self.model_class.open_weights(
-            config, checkpoint, self.device, Precision(torch.float32, False, False, 16)
+            config, checkpoint, self.device, Precision(torch.float32, False, False, False, 16)
         )
         self.text = None
         if settings.method == "gptq":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Int4 checkpoints (GPTQ, AWQ, compressed-tensors, our own) read into QuantizedWeight, one linear at a time.
+"""Int4 checkpoints (GPTQ, AWQ, compressed-tensors, our own) read into QuantizedWeight, one linear at a time, and the
+int8 matrices of our own.
 
 What must hold is checked from the headers first, then scales and zero points, and the codes are unpacked last: a lying
 file is refused, by the name of its tensor, before anything of the weight's size is made.
@@ -10,7 +11,8 @@ A word is an int32 of eight nibbles, the lowest first. The layouts of a weight [
     awq                  qweight [K, N/8], qzeros [G, N/8], scales [G, N]; columns of a word in the order 02461357
     compressed-tensors   weight_packed [N, K/8], weight_scale [N, G], weight_zero_point [N/8, G], weight_shape [2],
                          weight_g_idx [K]
-    fastserve            the same, or weight_minimum [N, G] in place of the zero points
+    fastserve            the same, or weight_minimum [N, G] in place of the zero points; in 8 bits weight [N, K], int8,
+                         and weight_scale [N, G]
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import torch
 
 from fastserve.errors import ModelLoadError
+from fastserve.weights.int8 import Int8Weight
 from fastserve.weights.quantization_config import QuantizationConfig
 from fastserve.weights.quantized import SYMMETRIC_ZERO, QuantizedWeight
 from fastserve.weights.safetensors import Checkpoint
@@ -28,7 +31,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class QuantizedCheckpoint:
-    """The linears of a checkpoint that are stored as int4, by the name before ".weight"."""
+    """The matrices of a checkpoint that are stored as int4 or int8, by the name before ".weight"."""
 
     def __init__(self, checkpoint: Checkpoint, config: QuantizationConfig) -> None:
         self.checkpoint = checkpoint
@@ -42,8 +45,16 @@ class QuantizedCheckpoint:
             raise ModelLoadError(f"the checkpoint has both {name}.weight and {name}.{self._codes}; which one counts?")
         return quantized
 
+    def holds_int8(self, name: str) -> bool:
+        """Whether this matrix is int8."""
+        weight = f"{name}.weight"
+        has_it = self.config.method == "fastserve" and weight in self.checkpoint
+        return has_it and self.checkpoint.dtype(weight) == torch.int8
+
     def tensor_names(self, name: str) -> list[str]:
-        """The tensors that `read` takes for this linear; those of them that the checkpoint has."""
+        """The tensors that `read` and `read_int8` take for this matrix; those of them that the checkpoint has."""
+        if self.holds_int8(name):
+            return [f"{name}.weight", f"{name}.weight_scale"]
         suffixes = {
             "gptq": ("qweight", "qzeros", "scales", "g_idx"),
             "awq": ("qweight", "qzeros", "scales"),
@@ -64,7 +75,10 @@ class QuantizedCheckpoint:
             raise ModelLoadError(
                 f"{name}: group size {size} is not supported; multiples of 32 are, and one group per row"
             )
-        if self.config.method in ("gptq", "awq"):
+        if self.holds_int8(name):
+            part.expect("weight", (num_rows, depth), torch.int8)
+            part.expect("weight_scale", (num_rows, num_groups), *FLOATS)
+        elif self.config.method in ("gptq", "awq"):
             part.divisible(num_rows, "outputs")
             if self.config.method == "gptq":
                 part.divisible(depth, "inputs")
@@ -91,6 +105,12 @@ class QuantizedCheckpoint:
         result = read(weight)
         result.check(name)
         return result
+
+    def read_int8(self, name: str, num_rows: int, depth: int) -> Int8Weight:
+        """The same of an int8 weight."""
+        part = self.check_headers(name, num_rows, depth)
+        scales = part.scales("weight_scale", (num_rows, part.num_groups))
+        return Int8Weight(part.tensor("weight"), scales, self.config.group_size)
 
     def _gptq(self, part: _Parts) -> QuantizedWeight:
         scales = part.scales("scales", (part.num_groups, part.num_rows)).T.contiguous()
@@ -238,3 +258,8 @@ def pack_quantized(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         rows = weight.zero_points.to(torch.uint8).T.contiguous()
         tensors["weight_zero_point"] = pack_nibbles(rows).T.contiguous()
     return tensors
+
+
+def pack_int8(weight: Int8Weight) -> dict[str, torch.Tensor]:
+    """The tensors of `fastserve` for an int8 weight, by the last part of their names."""
+    return {"weight": weight.codes, "weight_scale": weight.scales}
