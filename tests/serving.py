@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from fastserve import AsyncLLM
 from fastserve.server.app import make_app
 from fastserve.server.options import ServeOptions
 from fastserve.server.serve import _listen, http_server, make_batches, make_service
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Polls for what another thread or process is about to do; a bound, not a measurement."""
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
 
 
 class RunningServer:
@@ -46,12 +55,12 @@ class RunningServer:
 
     def __enter__(self) -> RunningServer:
         self._thread.start()
-        assert self._ready.wait(30)
+        assert self._ready.wait(120)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join(30)
+        self._thread.join(120)
         self.llm.close()
 
     def client(self, **more: Any) -> openai.OpenAI:
@@ -67,16 +76,12 @@ class RunningServer:
     def engine(self) -> Any:
         return self.llm.loaded.engine
 
-    def wait_until(self, holds: Any) -> None:
-        """Polls for what another thread is about to do; a bound, not a measurement."""
-        deadline = time.monotonic() + 60
-        while not holds():
-            assert time.monotonic() < deadline, "it did not happen"
-            time.sleep(0.002)
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        wait_until(holds)
 
     def wait_until_empty(self) -> None:
         """All blocks are back and nothing is open."""
-        self.wait_until(
+        wait_until(
             lambda: (
                 not self.service.num_open
                 and not self.engine.has_work
@@ -85,6 +90,21 @@ class RunningServer:
             )
         )
         self.engine.scheduler.check()
+
+
+def held(num_steps: int, until: Path, seconds: float = 0.0) -> str:
+    """Code for a process: the engine takes `num_steps` steps, and then none before the file `until` is there. Every
+    step from then on takes at least `seconds`."""
+    return (
+        "import itertools, os, time, fastserve.engine.runner as runner\n"
+        "real, numbers = runner.ModelRunner.run, itertools.count()\n"
+        "def run(self, plan):\n"
+        f"    if next(numbers) >= {num_steps}:\n"
+        f"        while not os.path.exists({str(until)!r}): time.sleep(0.005)\n"
+        f"        time.sleep({seconds})\n"
+        "    return real(self, plan)\n"
+        "runner.ModelRunner.run = run"
+    )
 
 
 class ServerProcess:
@@ -113,14 +133,14 @@ class ServerProcess:
 
     def wait_for(self, text: str) -> str:
         """The next line of the log that holds `text`."""
-        while (line := self._unread.get(timeout=60)) is not None:
+        while (line := self._unread.get(timeout=120)) is not None:
             if text in line:
                 return line
         raise AssertionError("".join(self.lines))
 
     def end(self) -> tuple[int, str]:
         """Waits for the process to exit; its status and the whole log."""
-        status = self.popen.wait(timeout=60)
+        status = self.popen.wait(timeout=120)
         self._reader.join(60)
         return status, "".join(self.lines)
 

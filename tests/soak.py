@@ -126,10 +126,19 @@ async def ask(
 
 
 async def load(
-    url: str, pid: int, *, clients: int, seconds: float, max_tokens: int, leaving: float, patience: float, seed: int = 0
+    url: str,
+    pid: int,
+    *,
+    clients: int,
+    max_tokens: int,
+    leaving: float,
+    patience: float,
+    seconds: float = float("inf"),
+    each: float = float("inf"),
+    seed: int = 0,
 ) -> Report:
-    """`clients` clients ask one question after another for `seconds`. A share of `leaving` of all requests is given
-    up after a random time below `patience`."""
+    """`clients` clients ask one question after another for `seconds`, or `each` questions. A share of `leaving` of all
+    requests is given up after a random time below `patience`."""
     url += "/v1/completions"
     asked = questions(48, seed, max_tokens)
     report, alone = Report(), Report()
@@ -139,11 +148,11 @@ async def load(
             assert answer is not None, alone.failed
             question.answer = answer
         begin = time.perf_counter()
-        end = begin + seconds
 
         async def one(number: int) -> None:
-            draw = random.Random(f"{seed}/{number}")
-            while time.perf_counter() < end:
+            draw, asks = random.Random(f"{seed}/{number}"), 0
+            while time.perf_counter() < begin + seconds and asks < each:
+                asks += 1
                 question = draw.choice(asked)
                 leave_after = draw.random() * patience if draw.random() < leaving else 600
                 answer = await ask(client, url, question, leave_after, report)
@@ -153,11 +162,13 @@ async def load(
                         report.wrong.append(f"{question.body}: {answer!r} is not {question.answer!r}")
 
         async def watch() -> None:
-            while time.perf_counter() < end:
+            while True:
                 report.rss.append((time.perf_counter() - begin, resident_bytes(pid)))
                 await asyncio.sleep(min(1.0, seconds / 10))
 
-        await asyncio.gather(watch(), *(one(number) for number in range(clients)))
+        watching = asyncio.ensure_future(watch())
+        await asyncio.gather(*(one(number) for number in range(clients)))
+        watching.cancel()
     return report
 
 

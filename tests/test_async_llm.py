@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -49,7 +51,8 @@ async def exhaust(stream: AsyncIterator[RequestOutput]) -> None:
 
 async def all_blocks_back(engine: AsyncLLM) -> None:
     """Wait until the engine thread has carried out what was sent to it, then look."""
-    for _ in range(2000):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         inner = engine._loaded.engine
         if not inner.has_work and not engine._commands and inner.stats.num_used_blocks == 0:
             inner.scheduler.check()
@@ -112,6 +115,9 @@ def test_leaving_the_stream_gives_the_blocks_back(engine: AsyncLLM, outputs_befo
 
 
 def test_abort_ends_the_stream_with_reason_abort(engine: AsyncLLM) -> None:
+    told, steps = threading.Event(), itertools.count()
+    engine._loaded.engine.on_step = lambda *_: next(steps) < 20 or told.wait(60)  # it still runs when it is told
+
     async def run() -> None:
         outputs = []
         async for output in engine.generate([5, 6, 7], LONG, "mine"):
@@ -119,6 +125,7 @@ def test_abort_ends_the_stream_with_reason_abort(engine: AsyncLLM) -> None:
             if len(outputs) == 2:
                 await engine.abort("mine")
                 await engine.abort("unknown")
+                told.set()
         assert outputs[-1].finished
         assert outputs[-1].outputs[0].finish_reason == "abort"
         assert len(outputs) < 150
@@ -143,13 +150,16 @@ def test_one_bad_request_does_not_harm_another(engine: AsyncLLM) -> None:
 
 def test_a_full_queue_refuses_and_the_accepted_requests_finish(engine: AsyncLLM) -> None:
     async def run() -> None:
-        results = await asyncio.gather(
-            *(collect(engine, [5, i], replace(LONG, max_tokens=30)) for i in range(60)), return_exceptions=True
-        )
+        all_came = threading.Event()
+        engine._command(lambda: all_came.wait(60))
+        asked = [asyncio.ensure_future(collect(engine, [5, i], replace(LONG, max_tokens=30))) for i in range(60)]
+        while len(engine._commands) < 60:
+            await asyncio.sleep(0.001)
+        all_came.set()
+        results = await asyncio.gather(*asked, return_exceptions=True)
         refused = [result for result in results if isinstance(result, QueueFull)]
         finished = [result for result in results if isinstance(result, list)]
-        assert len(refused) + len(finished) == 60
-        assert refused
+        assert (len(refused), len(finished)) == (52, 8)
         assert all(result[-1].finished for result in finished)
         await all_blocks_back(engine)
 
@@ -159,7 +169,13 @@ def test_a_full_queue_refuses_and_the_accepted_requests_finish(engine: AsyncLLM)
 def test_closing_ends_running_streams(tiny_dir: Path) -> None:
     async def run() -> None:
         engine = AsyncLLM(tiny_dir, num_blocks=32)
-        engine._loaded.engine.on_step = lambda *_: time.sleep(0.01)  # it still runs when it is closed
+        steps = itertools.count()
+
+        def on_step(*_: object) -> None:
+            while next(steps) > 0 and not engine._closing:  # it still runs when it is closed
+                time.sleep(0.001)
+
+        engine._loaded.engine.on_step = on_step
         stream = engine.generate([5, 6], LONG)
         await stream.__anext__()
         await asyncio.to_thread(engine.close)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fastserve import LLM, FastserveError, InvalidRequest, SamplingParams
 from fastserve.server.batches import Batches, check_requests
 from fastserve.server.errors import ApiError
 from fastserve.server.files import FileStore
-from serving import RunningServer, ServerProcess
+from serving import RunningServer, ServerProcess, held, wait_until
 from tiny_models import make_tiny_checkpoint
 
 ENGINE: dict[str, Any] = {"block_size": 16, "num_blocks": 64, "max_num_batched_tokens": 32, "max_num_seqs": 8}
@@ -57,11 +56,9 @@ def run(client: openai.OpenAI, text: str, endpoint: Any = "/v1/completions") -> 
 
 
 def ended(client: openai.OpenAI, batch_id: str) -> Any:
-    deadline = time.monotonic() + 60
-    while (batch := client.batches.retrieve(batch_id)).status not in ("completed", "failed", "cancelled", "expired"):
-        assert time.monotonic() < deadline, batch
-        time.sleep(0.02)
-    return batch
+    ends = ("completed", "failed", "cancelled", "expired")
+    wait_until(lambda: client.batches.retrieve(batch_id).status in ends)
+    return client.batches.retrieve(batch_id)
 
 
 def lines_of(client: openai.OpenAI, file_id: str) -> list[Any]:
@@ -145,8 +142,9 @@ def test_what_is_wrong_with_an_upload_is_said(server: RunningServer) -> None:
         client.files.create(file=b"x" * 41_000, purpose="batch")
     assert caught.value.status_code == 413
     assert server.post("/v1/files", {}).status_code == 415
-    assert httpx.post(server.url + "/v1/files", files={"other": b"a"}, data={"purpose": "batch"}).status_code == 400
-    foreign = httpx.post(server.url + "/v1/files", files={"file": b"a"}, headers={"Origin": "http://evil.example"})
+    url = server.url + "/v1/files"
+    assert httpx.post(url, files={"other": b"a"}, data={"purpose": "batch"}, timeout=60).status_code == 400
+    foreign = httpx.post(url, files={"file": b"a"}, headers={"Origin": "http://evil.example"}, timeout=60)
     assert foreign.status_code == 403
     for path in ("/v1/files/..%2f..%2fsecret", "/v1/files/file-x/content", "/v1/batches/batch_x"):
         answer = server.get(path)
@@ -183,7 +181,7 @@ def test_a_cancelled_batch_keeps_the_answers_it_has(server: RunningServer) -> No
 
 def test_clients_are_answered_while_a_batch_fills_its_half_of_the_places(server: RunningServer) -> None:
     client = server.client()
-    text = "".join(line(f"r{i}", prompt=[5 + i], max_tokens=400) for i in range(20))
+    text = "".join(line(f"r{i}", prompt=[5 + i % 20], max_tokens=400) for i in range(200))
     batch = start(client, text)
     server.wait_until(lambda: server.engine.num_running == ENGINE["max_num_seqs"] // 2)
     client.completions.create(model="tiny", prompt=[1, 2], max_tokens=3)
@@ -248,23 +246,19 @@ def test_a_server_without_a_folder_says_how_to_get_one(tiny_dir: Path) -> None:
         assert "--batch-dir" in answer.json()["error"]["message"]
 
 
-SLOW = (
-    "import time, fastserve.engine.runner as r; real = r.ModelRunner.run\n"
-    "r.ModelRunner.run = lambda self, plan: (time.sleep(0.01), real(self, plan))[1]"
-)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_batch_outlives_its_server_and_loses_nothing(tiny_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
     flags = ["--max-num-seqs", "4", "--batch-dir", str(tmp_path), "--served-model-name", "tiny"]
-    first = ServerProcess(tiny_dir, *flags, code=SLOW)
+    first = ServerProcess(tiny_dir, *flags, code=held(40, tmp_path / "go", seconds=0.05))
     try:
         client = openai.OpenAI(base_url=first.url + "/v1", api_key="none", max_retries=0)
         text = "".join(line(f"r{i}", prompt=[5 + i], max_tokens=3 + i % 9) for i in range(60))
         created = start(client, text)
-        while client.batches.retrieve(created.id).request_counts.completed < 5:
-            time.sleep(0.01)
+        wait_until(lambda: client.batches.retrieve(created.id).request_counts.completed >= 5)
         first.popen.send_signal(number)
+        if number == signal.SIGTERM:
+            first.wait_for("SIGTERM")
+            (tmp_path / "go").touch()
         status, log = first.end()
         assert status == (0 if number == signal.SIGTERM else -signal.SIGKILL), log
     finally:

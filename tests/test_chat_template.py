@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -257,6 +258,7 @@ def test_many_threads_get_their_own_answers() -> None:
 
 def test_the_process_is_replaced_after_it_died_and_leaves_no_descriptors() -> None:
     assert render_chat("a", [USER]) == "a"
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         process = chat_template._worker._process
@@ -264,7 +266,7 @@ def test_the_process_is_replaced_after_it_died_and_leaves_no_descriptors() -> No
         process.kill()
         process.wait()
         assert render_chat("b", [USER]) == "b"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_module_in_the_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

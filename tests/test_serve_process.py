@@ -19,6 +19,7 @@ import pytest
 from fastserve.cli import _parser, main
 from fastserve.server.options import read_options
 from serving import ServerProcess as Process
+from serving import held
 from tiny_models import make_tiny_checkpoint
 
 BODY = {"prompt": [5, 6, 7], "ignore_eos": True, "temperature": 0}
@@ -39,7 +40,7 @@ def processes() -> Iterator[list[Process]]:
 
 SLOW = (
     "import time, fastserve.engine.runner as r; real = r.ModelRunner.run\n"
-    "r.ModelRunner.run = lambda self, plan: (time.sleep(0.02), real(self, plan))[1]"
+    "r.ModelRunner.run = lambda self, plan: (time.sleep(0.05), real(self, plan))[1]"
 )
 
 
@@ -67,14 +68,17 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
-def test_sigterm_lets_running_requests_finish_and_exits_with_0(tiny_dir: Path, processes: list[Process]) -> None:
-    process = Process(tiny_dir, code=SLOW)
+def test_sigterm_lets_running_requests_finish_and_exits_with_0(
+    tiny_dir: Path, tmp_path: Path, processes: list[Process]
+) -> None:
+    process = Process(tiny_dir, code=held(5, tmp_path / "go"))
     processes.append(process)
     connection = stream(process, max_tokens=30)
     process.popen.send_signal(signal.SIGTERM)
     process.wait_for("SIGTERM")
-    assert httpx.get(process.url + "/health").status_code == 503
-    assert httpx.post(process.url + "/v1/completions", json=BODY).status_code == 503
+    assert httpx.get(process.url + "/health", timeout=60).status_code == 503
+    assert httpx.post(process.url + "/v1/completions", json=BODY, timeout=60).status_code == 503
+    (tmp_path / "go").touch()
     received = read_all(connection)
     assert b'"finish_reason":"length"' in received
     assert b"data: [DONE]" in received
@@ -117,7 +121,7 @@ def test_a_dead_engine_ends_the_process_with_its_cause_last(tiny_dir: Path, proc
     )
     process = Process(tiny_dir, code=code)
     processes.append(process)
-    assert httpx.post(process.url + "/v1/completions", json=BODY).status_code == 500
+    assert httpx.post(process.url + "/v1/completions", json=BODY, timeout=60).status_code == 500
     status, log = process.end()
     assert status == 1
     assert log.strip().splitlines()[-1] == "fastserve: the engine died: RuntimeError('planted')"
@@ -148,7 +152,7 @@ def test_an_idle_server_on_a_unix_socket_sleeps(tiny_dir: Path, tmp_path: Path, 
         wakes = sum(switches - seen[0].get(name, ("", 0))[1] for name, (_, switches) in seen[-1].items())
         return wakes < 200 and any(all(state == "S" for state, _ in one.values()) for one in seen)
 
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://local") as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://local", timeout=60) as client:
         client.post("/v1/completions", json={**BODY, "max_tokens": 5}).raise_for_status()
         client.get("/health").raise_for_status()
         assert any(is_quiet() for _ in range(10)), "awake in each of ten seconds"

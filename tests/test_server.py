@@ -257,14 +257,16 @@ def test_a_context_overflow_is_told_as_clients_expect(client: openai.OpenAI) -> 
 
 @pytest.mark.parametrize("body", [b"{", b"[" * 100000, b'{"prompt": "\xff"}', b"null", b"\x00", b'{"prompt": NaN}'])
 def test_a_body_that_is_no_json_object_is_a_400(server: RunningServer, body: bytes) -> None:
-    answer = httpx.post(server.url + "/v1/completions", content=body, headers={"content-type": "application/json"})
+    answer = httpx.post(
+        server.url + "/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=60
+    )
     assert answer.status_code == 400
     assert len(answer.content) < 1500
 
 
 def test_other_content_types_are_refused(server: RunningServer) -> None:
     answer = httpx.post(
-        server.url + "/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"}
+        server.url + "/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"}, timeout=60
     )
     assert answer.status_code == 415
 
@@ -325,7 +327,7 @@ def test_keys_are_needed_everywhere_but_health(tiny_dir: Path) -> None:
             assert server.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 401
         headers = {"Authorization": "Bearer first"}
         assert server.post("/v1/completions", {"prompt": "a" * 3000}, headers=headers).status_code == 413
-        chunked = httpx.post(server.url + "/tokenize", content=iter([b" " * 1500] * 2), headers=headers)
+        chunked = httpx.post(server.url + "/tokenize", content=iter([b" " * 1500] * 2), headers=headers, timeout=60)
         assert chunked.status_code == 413
 
 

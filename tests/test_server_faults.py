@@ -205,7 +205,7 @@ def test_a_step_that_hangs_turns_health_to_503(server: RunningServer) -> None:
         finally:
             go.set()
         assert waiting.result().status_code == 200
-    assert server.get("/health").status_code == 200
+    server.wait_until(lambda: server.get("/health").status_code == 200)
 
 
 def test_unexpected_errors_of_an_endpoint_are_not_told_to_clients(server: RunningServer) -> None:

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,24 +31,31 @@ ENGINE: dict[str, Any] = {"block_size": 16, "num_blocks": 32, "max_num_seqs": 1,
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    tiny_dir = make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    with RunningServer(tiny_dir, ENGINE, body_timeout=0.2) as running:
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def server(tiny_dir: Path) -> Iterator[RunningServer]:
+    with RunningServer(tiny_dir, ENGINE) as running:
         yield running
         running.wait_until_empty()
 
 
 def test_other_origins_are_told_nothing_by_default(server: RunningServer) -> None:
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    preflight = httpx.options(server.url + "/v1/completions", headers=headers)
+    preflight = httpx.options(server.url + "/v1/completions", headers=headers, timeout=60)
     assert preflight.status_code == 405
     answer = server.get("/v1/models", headers=headers)
     for one in (preflight, answer):
         assert not any(name.startswith("access-control") for name in one.headers)
 
 
-def test_a_body_that_does_not_come_is_a_408(server: RunningServer) -> None:
-    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+def test_a_body_that_does_not_come_is_a_408(tiny_dir: Path) -> None:
+    with (
+        RunningServer(tiny_dir, ENGINE, body_timeout=0.2) as server,
+        socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection,
+    ):
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
         received = b""
         while piece := connection.recv(4096):  # the connection is closed after it

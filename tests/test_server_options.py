@@ -223,7 +223,7 @@ def test_requests_are_logged_with_bounded_prompts(server: RunningServer, caplog:
 def test_cross_origin_methods_are_those_allowed(server: RunningServer) -> None:
     def preflight(method: str) -> int:
         headers = {"Origin": "http://a.example", "Access-Control-Request-Method": method}
-        return httpx.options(server.url + "/v1/completions", headers=headers).status_code
+        return httpx.options(server.url + "/v1/completions", headers=headers, timeout=60).status_code
 
     assert (preflight("POST"), preflight("DELETE")) == (200, 400)
 
@@ -231,7 +231,7 @@ def test_cross_origin_methods_are_those_allowed(server: RunningServer) -> None:
 def test_a_proxy_may_show_the_server_under_a_path(server: RunningServer) -> None:
     assert server.get("/openapi.json").json()["servers"] == [{"url": "/prefix"}]
     assert server.get("/v1/models").status_code == 200
-    uploaded = httpx.post(server.url + "/v1/files", files={"file": b"{}"}, data={"purpose": "batch"})
+    uploaded = httpx.post(server.url + "/v1/files", files={"file": b"{}"}, data={"purpose": "batch"}, timeout=60)
     assert "--batch-dir" in uploaded.json()["error"]["message"]  # known as an upload
     for scope in (
         {"path": "/prefix/health", "root_path": "/prefix"},
@@ -363,9 +363,9 @@ def test_https_and_the_access_log(tiny_dir: Path) -> None:
         assert process.url.startswith("https://127.0.0.1:")
         context = ssl.create_default_context(cafile=pem)
         for path in ("/health?x=1", "/version"):
-            assert httpx.get(process.url + path, verify=context).status_code == 200
+            assert httpx.get(process.url + path, verify=context, timeout=60).status_code == 200
         body = {"prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True}
-        httpx.post(process.url + "/v1/completions", json=body, verify=context).raise_for_status()
+        httpx.post(process.url + "/v1/completions", json=body, verify=context, timeout=60).raise_for_status()
         process.wait_for("GET /version")
         process.wait_for("tok/s")
         assert not any("GET /health" in line for line in process.lines)

@@ -18,8 +18,9 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_clients_that_come_and_leave_cost_no_block_and_spoil_no_answer(tiny_dir: Path) -> None:
     flags = ["--block-size", "16", "--max-num-batched-tokens", "64", "--max-num-seqs", "16"]
-    report = run_load(tiny_dir, flags, clients=40, seconds=3, max_tokens=24, leaving=0.5, patience=1)
-    assert report.finished > 20
+    report = run_load(tiny_dir, flags, clients=40, each=6, max_tokens=24, leaving=0.5, patience=0.3)
+    assert report.finished + report.left == 40 * 6
+    assert report.finished > 80  # half of them never leave
     assert report.left > 5
 
 
