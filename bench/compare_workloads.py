@@ -88,7 +88,7 @@ class Mode:
 MODES = {
     "bf16": Mode(2, 2, "bf16_flops_per_s"),
     "int8": Mode(8.5 / 8, 8.5 / 8, "int8_ops_per_s"),
-    "int4": Mode(5 / 8, 2, "int8_ops_per_s"),
+    "int4": Mode(5 / 8, 8.5 / 8, "int8_ops_per_s"),
 }
 
 
