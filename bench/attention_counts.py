@@ -5,10 +5,11 @@
     python bench/attention_counts.py shared       those with "shared" in their name
 
 Needs build/sim (make simulated). For each workload: KV bytes read over the fewest possible (each token of a prefix
-once, each token of a request once, per KV head), the bytes of partial results, sectors of 32 bytes over those that the
-bytes need, wavefronts of shared memory over those that its bandwidth needs, tensor-core products over those that the
-visible tokens need. Where a prefix is shared, also how many times fewer bytes than if nobody shared, with the partial
-results on both sides.
+once, each token of a request once, per KV head), the bytes of partial results written and read, and those that blocks
+put aside between spans and take up again (always the same 33 or 66 KB of a block), both over KV bytes; sectors of 32
+bytes over those that the bytes need, wavefronts of shared memory over those that its bandwidth needs, tensor-core
+products over those that the visible tokens need. Where a prefix is shared, also how many times fewer bytes than if
+nobody shared, with the partial results on both sides.
 """
 
 from __future__ import annotations
@@ -63,10 +64,20 @@ WORKLOADS = [
     Workload("shared tree 16 x (1024 + 512 + 256), g 4", [1] * 16, TREE_LENGTHS, 4, 1, TREE_GROUPS),
     Workload("shared 128 x (2048 + 128), g 1", [1] * 128, [2176] * 128, 1, 1, [(0, 2048, 0, 128)]),
     Workload("shared 128 x (2048 + 128), g 4", [1] * 128, [2176] * 128, 4, 1, [(0, 2048, 0, 128)]),
+    Workload("shared 128 x (2048 + 128), g 4, 4 KV heads", [1] * 128, [2176] * 128, 16, 4, [(0, 2048, 0, 128)]),
 ]
 
 
-def measure(module: Any, work: Workload, groups: Groups) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one launch."""
+
+    kv: int
+    partials: int  # written and read
+    parked: int
+
+
+def measure(module: Any, work: Workload, groups: Groups) -> tuple[dict[str, Any], Traffic]:
     """The counters of one launch with the plan that shares `groups`."""
     arguments = cuda_arguments(
         torch.Generator().manual_seed(1), work.query_lens, work.seq_lens, work.shape, work.groups
@@ -75,7 +86,15 @@ def measure(module: Any, work: Workload, groups: Groups) -> dict[str, Any]:
     planned = replanned(starts, work.seq_lens, work.shape, groups=groups, tokens_per_partial=4)
     module.run("attention", {**arguments, **planned})
     (launch,) = json.loads(module.counters())
-    return launch
+    workspace = launch["buffers"].get("workspace", {"read": 0, "written": 0})
+    # Rows of heads: field 1 of an item are its rows, field 7 its partials; a merge has rows and a range of parts.
+    written = int((planned["items"][:, 1] * planned["items"][:, 7]).sum()) * work.heads
+    merges = planned["merges"]
+    read = int((merges[:, 1] * (merges[:, 3] - merges[:, 2])).sum()) * work.heads
+    # All lanes read a partial's maximum and sum, 8 bytes of one sector, which the counter takes for 32 times 8.
+    counted = workspace["read"] + workspace["written"] - read * 31 * 8
+    partials = (written + read) * (work.dim + 2) * 4
+    return launch, Traffic(launch["buffers"]["kv_cache"]["read"], partials, counted - partials)
 
 
 def fewest_tokens(work: Workload) -> int:
@@ -84,19 +103,12 @@ def fewest_tokens(work: Workload) -> int:
     return own - sum((last - first - 1) * (end - begin) for begin, end, first, last in work.groups)
 
 
-def traffic(launch: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of KV read; bytes of partial results read and written."""
-    partials = launch["buffers"].get("workspace", {"read": 0, "written": 0})
-    return launch["buffers"]["kv_cache"]["read"], partials["read"] + partials["written"]
-
-
 def ratio(counts: dict[str, int], counted: str, ideal: str) -> float:
     return counts[counted] / counts[ideal] if counts[ideal] else 1.0
 
 
 def print_row(module: Any, work: Workload) -> None:
-    launch = measure(module, work, work.groups)
-    kv, partials = traffic(launch)
+    launch, moved = measure(module, work, work.groups)
     bytes_per_token = 2 * work.dim * 2 * work.kv_heads
     least = fewest_tokens(work) * bytes_per_token
     sectors = max(ratio(launch["global"][kind], "sectors", "ideal_sectors") for kind in ("async",))
@@ -108,13 +120,14 @@ def print_row(module: Any, work: Workload) -> None:
     )
     products = pairs * work.dim * 2 / (16 * 8 * 16)
     print(
-        f"{work.name:42} {kv / 1e6:8.2f} {kv / least:6.3f} {partials / kv:9.1%} {1 / sectors:8.1%} "
+        f"{work.name:42} {moved.kv / 1e6:8.2f} {moved.kv / least:6.3f} {moved.partials / moved.kv:9.1%} "
+        f"{moved.parked / moved.kv:8.1%} {1 / sectors:8.1%} "
         f"{max(shared):7.3f} {launch['mma'] / products:8.2f} {launch['warp_instructions'] / launch['mma']:8.2f}",
         end="",
     )
     if work.groups:
-        unshared_kv, unshared_partials = traffic(measure(module, work, []))
-        print(f" {(unshared_kv + unshared_partials) / (kv + partials):8.2f}", end="")
+        _, unshared = measure(module, work, [])
+        print(f" {(unshared.kv + unshared.partials) / (moved.kv + moved.partials):8.2f}", end="")
     print(flush=True)
 
 
@@ -126,8 +139,8 @@ def main() -> None:
     if module is None:
         raise SystemExit("there is no build/sim: run `make simulated`")
     module.configure(ASYNC_MODES["late"], 0)
-    columns = ("KV MB", "/least", "partials", "sectors", "banks", "products", "PTX/mma", "unshared")
-    print(" " * 42 + "{:>9}{:>7}{:>10}{:>9}{:>8}{:>9}{:>9}{:>9}".format(*columns))
+    columns = ("KV MB", "/least", "partials", "parked", "sectors", "banks", "products", "PTX/mma", "unshared")
+    print(" " * 42 + "{:>9}{:>7}{:>10}{:>9}{:>9}{:>8}{:>9}{:>9}{:>9}".format(*columns))
     for work in WORKLOADS:
         if arguments.name in work.name:
             print_row(module, work)

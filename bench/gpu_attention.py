@@ -66,6 +66,7 @@ def our_call(work: Workload, inputs: Inputs) -> Callable[[], None]:
         rows_per_item=128,
         rows_per_shared_item=128,
         rows_per_warp=16,
+        rows_per_token_read=64,
     )
     there = [torch.from_numpy(part.copy()).cuda() for part in (plan.items, plan.merges, plan.parts)]
     parked = num_blocks * 128 * 4 * 2 * (WIDTH // 8 + 1)  # csrc/cuda/attention_rows.cuh

@@ -2,6 +2,7 @@
 #include "plan/attention_plan.h"
 
 #include <algorithm>
+#include <array>
 #include <compare>
 #include <limits>
 
@@ -12,14 +13,17 @@ namespace fs {
 
 namespace {
 
-// Reading a KV token costs as much as computing this many packed rows with it.
-constexpr int64_t kRowsPerTokenRead = 4;
 // Starting an item costs as much as this many tokens of one row.
 constexpr int64_t kItemCost = 64;
-// Units of work (item x KV head) that a worker should find when the total is spread evenly.
+// Units of work (item x KV head) that a worker finds at most when the total is spread evenly: more would only
+// be more to start.
 constexpr int64_t kUnitsPerWorker = 4;
 
 constexpr int32_t kMaxInt = std::numeric_limits<int32_t>::max();
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 int64_t spans_of(const AttentionItem& item, int64_t span) {
   return (item.kv_end + span - 1) / span - item.kv_begin / span;
@@ -34,18 +38,7 @@ AttentionPlan::AttentionPlan(std::span<const int32_t> query_start, std::span<con
   const std::vector<PrefixGroup> shared = choose_shared_prefixes(groups, query_start, seq_lens, options_);
   std::vector<int32_t> first_tile = make_tiles(query_start, seq_lens, shared);
 
-  int64_t total = 0;
-  for (const RowTile& tile : tiles_) total += cost(tile.whole);
-  for (const PrefixGroup& node : shared) {
-    AttentionItem all{};
-    all.num_rows = query_start[node.request_end] - query_start[node.request_begin];
-    all.kv_begin = node.kv_begin;
-    all.kv_end = node.kv_end;
-    total += cost(all);
-  }
-  // An item larger than its share of the work is cut where spans meet.
-  const int64_t max_cost = std::max<int64_t>(
-      total * options_.num_kv_heads / (kUnitsPerWorker * std::max(1, options_.num_workers)), 1);
+  const int64_t max_cost = choose_max_cost(query_start, shared);
   items_.reserve(tiles_.size() + shared.size() + 64);
   for (const PrefixGroup& node : shared) {
     int64_t num_readers = 0;
@@ -78,6 +71,8 @@ void AttentionPlan::check(std::span<const int32_t> query_start, std::span<const 
            "attention plan: rows_per_shared_item is " << o.rows_per_shared_item << "; must be at least 1");
   FS_CHECK(o.tokens_per_partial >= 0,
            "attention plan: tokens_per_partial is " << o.tokens_per_partial << "; must not be negative");
+  FS_CHECK(o.rows_per_token_read >= 1,
+           "attention plan: rows_per_token_read is " << o.rows_per_token_read << "; must be at least 1");
   FS_CHECK(o.rows_per_warp >= 0,
            "attention plan: rows_per_warp is " << o.rows_per_warp << "; must not be negative");
   FS_CHECK(o.num_workers >= 1, "attention plan: num_workers is " << o.num_workers << "; must be at least 1");
@@ -97,9 +92,96 @@ void AttentionPlan::check(std::span<const int32_t> query_start, std::span<const 
 }
 
 int64_t AttentionPlan::cost(const AttentionItem& item) const {
-  const int64_t packed_rows = int64_t{item.num_rows} * options_.group_size;
-  const int64_t tokens = int64_t{item.kv_end} - item.kv_begin + kItemCost;
-  return tokens * std::max(packed_rows, kRowsPerTokenRead);
+  return (int64_t{item.kv_end} - item.kv_begin + kItemCost) * cost_of_token(item);
+}
+
+int64_t AttentionPlan::cost_of_token(const AttentionItem& item) const {
+  return std::max<int64_t>(int64_t{item.num_rows} * options_.group_size, options_.rows_per_token_read);
+}
+
+// Of one partial for each row of the item.
+int64_t AttentionPlan::cost_of_partial(const AttentionItem& item) const {
+  return int64_t{item.num_rows} * options_.group_size * options_.tokens_per_partial *
+         options_.rows_per_token_read;
+}
+
+// The cost up to which items stay whole; larger ones are cut where spans meet. With small items everybody has
+// work until the end, but what does not begin a fold stores a partial for each of its spans. So this is the
+// largest of a few costs with which the estimated time is about the shortest.
+int64_t AttentionPlan::choose_max_cost(std::span<const int32_t> query_start,
+                                       const std::vector<PrefixGroup>& shared) const {
+  struct Whole {
+    AttentionItem item;
+    bool fold_begins;
+    bool is_shared;
+  };
+  std::vector<Whole> wholes;
+  int64_t total = 0;
+  for (const RowTile& tile : tiles_) total += cost(tile.whole);
+  for (const PrefixGroup& node : shared) {
+    AttentionItem all{};
+    all.num_rows = query_start[node.request_end] - query_start[node.request_begin];
+    all.kv_begin = node.kv_begin;
+    all.kv_end = node.kv_end;
+    total += cost(all);
+    wholes.push_back({all, node.kv_begin == 0, true});
+  }
+  const int64_t workers = options_.num_workers, heads = options_.num_kv_heads;
+  const int64_t finest = std::max<int64_t>(total * heads / (kUnitsPerWorker * workers), 1);
+  int64_t num_small = 0;  // never cut, nor those that a warp takes anyhow
+  for (const RowTile& tile : tiles_) {
+    const bool is_large = cost(tile.whole) > finest && !is_for_warp(tile.whole);
+    // After a shared prefix nothing folds; one under a window is not worth telling apart.
+    const bool fold_begins = tile.whole.kv_begin == 0 || options_.window > 0;
+    if (is_large) wholes.push_back({tile.whole, fold_begins, false});
+    num_small += is_large ? 0 : 1;
+  }
+  if (wholes.empty() || options_.tokens_per_partial == 0) return finest;
+
+  struct Choice {
+    int64_t max_cost, time;
+  };
+  std::array<Choice, 6> choices;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    const int64_t max_cost = i + 1 < choices.size() ? finest << i : std::numeric_limits<int64_t>::max() / 2;
+    int64_t spent = total, largest = 0, units = num_small;
+    for (const Whole& whole : wholes) {
+      AttentionItem item = whole.item;
+      int64_t passes = 1;
+      if (whole.is_shared) {
+        const int64_t rows = std::min<int64_t>(item.num_rows, rows_of_shared_item(max_cost));
+        passes = divide_up(item.num_rows, rows);
+        item.num_rows = static_cast<int32_t>(rows);
+      }
+      const Cut cut = cut_of(item, whole.fold_begins, max_cost);
+      const bool folds = whole.fold_begins && !is_for_warp(item);
+      const int64_t num_spans = spans_of(item, options_.span);
+      const int64_t first = folds ? 1 : cut.first_spans, later = num_spans - cut.first_spans;
+      const int64_t partials = cut.pieces == 1 && folds && !whole.is_shared ? 0 : first + later;
+      const int64_t of_token = cost_of_token(item), of_partial = cost_of_partial(item);
+      const auto piece = [&](int64_t spans, int64_t stored) {
+        return (spans * options_.span + kItemCost) * of_token + stored * of_partial;
+      };
+      largest = std::max(largest, piece(cut.first_spans, std::min(first, partials)));
+      if (cut.pieces > 1) {
+        const int64_t spans = divide_up(later, cut.pieces - 1);
+        largest = std::max(largest, piece(spans, spans));
+      }
+      spent += partials * of_partial * passes;
+      units += cut.pieces * passes;
+    }
+    // One unit for each worker at most: as long as the largest. Else whoever begins the last one, when half
+    // of it is left on average, is the last.
+    const int64_t share = spent * heads / workers;
+    choices[i] = {max_cost, units * heads <= workers ? largest : std::max(largest, share + largest / 2)};
+  }
+  int64_t shortest = choices[0].time;
+  for (const Choice& choice : choices) shortest = std::min(shortest, choice.time);
+  int64_t chosen = finest;
+  for (const Choice& choice : choices) {
+    if (choice.time <= shortest + shortest / 16) chosen = choice.max_cost;
+  }
+  return chosen;
 }
 
 // The row tiles of all requests, and for each request (and one more) the first of its tiles.
@@ -134,12 +216,17 @@ std::vector<int32_t> AttentionPlan::make_tiles(std::span<const int32_t> query_st
   return first_tile;
 }
 
+// Rows that an item of a shared node has at most. Few spans cannot be cut for all workers; then rows are.
+int64_t AttentionPlan::rows_of_shared_item(int64_t max_cost) const {
+  const int64_t group = options_.group_size;
+  const int64_t rows =
+      std::min(options_.rows_per_shared_item / group, max_cost / (options_.span + kItemCost) / group);
+  return std::max({rows, options_.rows_per_item / group, int64_t{1}});
+}
+
 // The items of a shared node: whole row tiles together, as many as fit.
 void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t end, int64_t max_cost) {
-  int64_t max_rows = options_.rows_per_shared_item / options_.group_size;
-  // Few spans cannot be cut for all workers; then rows are.
-  max_rows = std::min(max_rows, max_cost / (options_.span + kItemCost) / options_.group_size);
-  max_rows = std::max<int64_t>(max_rows, options_.rows_per_item / options_.group_size);
+  int64_t max_rows = rows_of_shared_item(max_cost);
   // `position` makes the first row see just all; the window of the last one must still reach back to the
   // first.
   if (options_.window > 0)
@@ -154,7 +241,8 @@ void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t e
       ++stop;
     }
     const auto first_item = static_cast<int32_t>(items_.size());
-    add_pieces(whole, num_pieces(whole, max_cost), node.kv_begin == 0);
+    const bool fold_begins = node.kv_begin == 0;
+    add_pieces(whole, cut_of(whole, fold_begins, max_cost), fold_begins);
     for (auto item = first_item; item < static_cast<int32_t>(items_.size()); ++item) {
       items_[item].position = items_[item].kv_end - 1;
       for (int32_t tile = begin; tile < stop; ++tile) {
@@ -170,9 +258,9 @@ void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t e
 
 // The items of a row tile's own, and the merge of all that have its rows.
 void AttentionPlan::add_tile(const RowTile& tile, int64_t max_cost) {
-  const int64_t pieces = num_pieces(tile.whole, max_cost);
+  const Cut cut = cut_of(tile.whole, tile.first_link < 0, max_cost);
   const bool folds = !is_for_warp(tile.whole) || spans_of(tile.whole, options_.span) == 1;
-  if (pieces == 1 && folds && tile.first_link < 0) {
+  if (cut.pieces == 1 && folds && tile.first_link < 0) {
     AttentionItem item = tile.whole;
     item.slot = -1;
     item.num_parts = 0;
@@ -180,7 +268,7 @@ void AttentionPlan::add_tile(const RowTile& tile, int64_t max_cost) {
     return;
   }
   const auto first_item = static_cast<int32_t>(items_.size());
-  add_pieces(tile.whole, pieces, tile.first_link < 0);
+  add_pieces(tile.whole, cut, tile.first_link < 0);
   AttentionMerge merge{};
   merge.row_begin = tile.whole.row_begin;
   merge.num_rows = tile.whole.num_rows;
@@ -198,23 +286,42 @@ void AttentionPlan::add_tile(const RowTile& tile, int64_t max_cost) {
   merges_.push_back(merge);
 }
 
-// Into how many items of at most max_cost, or one span, these rows and tokens are cut.
-int64_t AttentionPlan::num_pieces(const AttentionItem& whole, int64_t max_cost) const {
-  return std::max<int64_t>(1,
-                           std::min(spans_of(whole, options_.span), (cost(whole) + max_cost - 1) / max_cost));
+// How these rows and tokens are cut into items of at most max_cost, or one span. A first one that folds may
+// have more spans than the others, as it stores one partial.
+AttentionPlan::Cut AttentionPlan::cut_of(const AttentionItem& whole, bool fold_begins,
+                                         int64_t max_cost) const {
+  const int64_t num_spans = spans_of(whole, options_.span);
+  if (num_spans == 1 || cost(whole) <= max_cost) return {1, num_spans};
+  const int64_t of_token = cost_of_token(whole);
+  const bool folds = fold_begins && !is_for_warp(whole);
+  // A warp's items store their partials however they are cut.
+  const int64_t of_partial = is_for_warp(whole) ? 0 : cost_of_partial(whole);
+  const int64_t left = std::max<int64_t>(max_cost - kItemCost * of_token, 0);
+  const int64_t spans = std::clamp<int64_t>(left / (options_.span * of_token + of_partial), 1, num_spans);
+  if (!folds) {
+    const int64_t pieces = divide_up(num_spans, spans);
+    return {pieces, num_spans / pieces};
+  }
+  const int64_t first = std::max((left - of_partial) / (options_.span * of_token), spans);
+  if (first >= num_spans) return {1, num_spans};
+  return {1 + divide_up(num_spans - first, spans), first};
 }
 
 // Items that store partials. One with which the fold begins folds its spans itself, unless it is a warp's.
 // Those after it cannot (the fold starts at the left), and store one partial per span.
-void AttentionPlan::add_pieces(const AttentionItem& whole, int64_t num_pieces, bool fold_begins) {
+void AttentionPlan::add_pieces(const AttentionItem& whole, const Cut& cut, bool fold_begins) {
   const int64_t span = options_.span;
-  const int64_t num_spans = spans_of(whole, span);
+  const int64_t later_spans = spans_of(whole, span) - cut.first_spans;
   const int64_t first_span = whole.kv_begin / span;
-  for (int64_t i = 0; i < num_pieces; ++i) {
+  const auto begin_of = [&](int64_t piece) {
+    const int64_t spans =
+        piece == 0 ? 0 : cut.first_spans + later_spans * (piece - 1) / std::max<int64_t>(cut.pieces - 1, 1);
+    return static_cast<int32_t>((first_span + spans) * span);
+  };
+  for (int64_t i = 0; i < cut.pieces; ++i) {
     AttentionItem item = whole;
-    if (i > 0) item.kv_begin = static_cast<int32_t>((first_span + num_spans * i / num_pieces) * span);
-    if (i + 1 < num_pieces)
-      item.kv_end = static_cast<int32_t>((first_span + num_spans * (i + 1) / num_pieces) * span);
+    if (i > 0) item.kv_begin = begin_of(i);
+    if (i + 1 < cut.pieces) item.kv_end = begin_of(i + 1);
     const bool folds = i == 0 && fold_begins && !is_for_warp(item);
     item.num_parts = folds ? 1 : static_cast<int32_t>(spans_of(item, span));
     item.slot = static_cast<int32_t>(num_slots_);

@@ -66,6 +66,8 @@ struct AttentionPlanOptions {
   // head: 2 * 4 * (head_dim + 2) against 4 * head_dim for 16-bit KV, and there is a fold. 0: share whatever
   // saves reads.
   int tokens_per_partial = 4;
+  // Reading a KV token takes as long as computing so many packed rows with it.
+  int rows_per_token_read = 4;
   // Items of at most so many packed rows come after all others and store one partial per span: a CUDA warp
   // computes one on its own, after the warps of its block have done the others together, and cannot fold. 0:
   // no such difference.
@@ -108,15 +110,24 @@ class AttentionPlan {
     int32_t item;
     int32_t next;
   };
+  // Into `pieces`, of which the first has first_spans spans and the others alike.
+  struct Cut {
+    int64_t pieces;
+    int64_t first_spans;
+  };
 
   void check(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens) const;
   std::vector<int32_t> make_tiles(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens,
                                   const std::vector<PrefixGroup>& shared);
   void add_shared(const PrefixGroup& node, int32_t begin, int32_t end, int64_t max_cost);
   void add_tile(const RowTile& tile, int64_t max_cost);
-  void add_pieces(const AttentionItem& whole, int64_t num_pieces, bool fold_begins);
-  int64_t num_pieces(const AttentionItem& whole, int64_t max_cost) const;
+  void add_pieces(const AttentionItem& whole, const Cut& cut, bool fold_begins);
+  Cut cut_of(const AttentionItem& whole, bool fold_begins, int64_t max_cost) const;
+  int64_t choose_max_cost(std::span<const int32_t> query_start, const std::vector<PrefixGroup>& shared) const;
+  int64_t rows_of_shared_item(int64_t max_cost) const;
   int64_t cost(const AttentionItem& item) const;
+  int64_t cost_of_token(const AttentionItem& item) const;
+  int64_t cost_of_partial(const AttentionItem& item) const;
   bool is_for_warp(const AttentionItem& item) const;
   void sort();
 

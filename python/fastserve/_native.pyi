@@ -76,6 +76,7 @@ class AttentionPlan:
         rows_per_shared_item: int = ...,
         rows_per_warp: int = ...,
         tokens_per_partial: int = ...,
+        rows_per_token_read: int = ...,
         groups: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> None: ...
     @property
@@ -108,6 +109,7 @@ class StepArrays:
         rows_per_item: int,
         rows_per_shared_item: int,
         rows_per_warp: int,
+        rows_per_token_read: int,
         max_decodes: int,
         fixed_shapes: bool,
     ) -> None: ...

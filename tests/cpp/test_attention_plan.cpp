@@ -60,6 +60,7 @@ Step random_step(uint32_t seed) {
   step.options.num_workers = pick(random, 1, 32);
   step.options.rows_per_shared_item = pick(random, 1, 200);
   step.options.tokens_per_partial = pick(random, 0, 4);
+  step.options.rows_per_token_read = 1 << pick(random, 0, 7);
   const int num_requests = pick(random, 0, 9);
   if (pick(random, 0, 3) > 0) {
     // Up to four levels: a range of requests shares some tokens, then parts in two.
@@ -272,6 +273,58 @@ TEST(AttentionPlan, LeavesEvenBatchesWhole) {
   const AttentionPlan plan = step.plan();
   EXPECT_EQ(plan.items().size(), 64u);
   EXPECT_EQ(plan.num_slots(), 0);
+}
+
+// A list schedule of the items in their order, with the plan's own prices.
+int64_t time_of(const AttentionPlan& plan, const AttentionPlanOptions& prices) {
+  std::vector<int64_t> busy_until(prices.num_workers);
+  for (const AttentionItem& item : plan.items()) {
+    const int64_t rows = int64_t{item.num_rows} * prices.group_size;
+    const int64_t read = std::max<int64_t>(rows, prices.rows_per_token_read) * (item.kv_end - item.kv_begin);
+    const int64_t stored = item.num_parts * rows * prices.tokens_per_partial * prices.rows_per_token_read;
+    for (int head = 0; head < prices.num_kv_heads; ++head) {
+      *std::min_element(busy_until.begin(), busy_until.end()) += read + stored;
+    }
+  }
+  return *std::max_element(busy_until.begin(), busy_until.end());
+}
+
+// Of a device on which reading a token takes as long as computing 64 rows.
+AttentionPlanOptions gpu_options(int group_size, int num_kv_heads, int num_workers) {
+  AttentionPlanOptions options = options_of(32, 256, group_size, num_kv_heads);
+  options.rows_per_item = options.rows_per_shared_item = 128;
+  options.rows_per_warp = 16;
+  options.rows_per_token_read = 64;
+  options.num_workers = num_workers;
+  return options;
+}
+
+TEST(AttentionPlan, StoresPartialsOnlyWhereThatSavesTime) {
+  struct Case {
+    int num_rows, seq_len, num_requests, num_kv_heads, num_workers;
+    int64_t most_partials;  // of a row
+  };
+  for (const Case& c : {Case{128, 1152, 1, 2, 16, 3},    // 8 units for 16 workers: in two
+                        Case{128, 1152, 1, 8, 16, 0},    // enough for all
+                        Case{128, 1152, 1, 8, 216, 5},   // far too few: every span on its own
+                        Case{512, 8192, 1, 8, 216, 8},   // about as many units as workers
+                        Case{2048, 2048, 1, 8, 216, 1},  //
+                        Case{64, 4096, 16, 8, 216, 1}}) {
+    Step step;
+    step.options = gpu_options(4, c.num_kv_heads, c.num_workers);
+    for (int b = 0; b < c.num_requests; ++b) step.add(c.num_rows, c.seq_len);
+    const AttentionPlan plan = step.plan();
+    EXPECT_LE(plan.num_slots(), c.most_partials * c.num_requests * c.num_rows)
+        << c.num_rows << " " << c.seq_len;
+    // Beside the plan that counts partials as free, and the one that cuts nothing.
+    const AttentionPlanOptions prices = step.options;
+    const int64_t time = time_of(plan, prices);
+    step.options.tokens_per_partial = 0;
+    EXPECT_LE(plan.num_slots(), step.plan().num_slots());
+    EXPECT_LE(time * 10, time_of(step.plan(), prices) * 11) << c.num_rows << " " << c.seq_len;
+    step.options.num_workers = 1;
+    EXPECT_LE(time * 10, time_of(step.plan(), prices) * 11) << c.num_rows << " " << c.seq_len;
+  }
 }
 
 // 64 decodes after one system prompt and one of four documents: every token of both is read once.

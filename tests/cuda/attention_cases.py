@@ -26,7 +26,7 @@ def parked_floats(dim: int) -> int:
 
 def replanned(query_start: list[int], seq_lens: list[int], shape: Shape, **options: Any) -> Arguments:
     """The arguments that follow from a plan for the CUDA kernel."""
-    rows = {"rows_per_item": ROWS_PER_ITEM, "rows_per_shared_item": ROWS_PER_ITEM, **options}
+    rows = {"rows_per_item": ROWS_PER_ITEM, "rows_per_shared_item": ROWS_PER_ITEM, "rows_per_token_read": 64, **options}
     arguments = planned(query_start, seq_lens, shape, rows_per_warp=ROWS_PER_WARP, **rows)
     workspace = empty(len(arguments["workspace"]) + parked_floats(shape.dim))
     return {**arguments, "out": arguments["out"].to(shape.dtype), "workspace": workspace}

@@ -83,6 +83,7 @@ def planned(
     groups: Groups | None = None,
     rows_per_warp: int = 0,
     tokens_per_partial: int = 0,
+    rows_per_token_read: int = 4,
 ) -> Arguments:
     """The arguments that follow from the plan, and outputs for it."""
     plan = AttentionPlan(
@@ -98,6 +99,7 @@ def planned(
         rows_per_shared_item=rows_per_shared_item,
         rows_per_warp=rows_per_warp,
         tokens_per_partial=tokens_per_partial,
+        rows_per_token_read=rows_per_token_read,
         groups=groups,
     )
     return {

@@ -32,6 +32,7 @@ class Device(Protocol):
     rows_per_item: int  # packed query rows of an attention item
     rows_per_shared_item: int  # the same for an item whose rows are of several requests
     rows_per_warp: int  # packed rows that the attention kernel gives to a warp of its own; 0: it has no warps
+    rows_per_token_read: int  # packed rows that attention computes with a KV token while it is read
     has_graphs: bool  # `capture` works
     graphs_fix_shapes: bool  # a recording serves only steps whose arrays have the same shapes
 
@@ -114,6 +115,7 @@ class CpuDevice:
     rows_per_item = 48
     rows_per_shared_item = 384
     rows_per_warp = 0
+    rows_per_token_read = 4
     has_graphs = True
     graphs_fix_shapes = False
     has_int4 = has_int8 = True
@@ -217,6 +219,7 @@ class CudaDevice:
     name = "cuda"
     rows_per_item = rows_per_shared_item = 128  # csrc/cuda/attention.cu: of a block
     rows_per_warp = 16
+    rows_per_token_read = 64
     has_graphs = graphs_fix_shapes = True
     has_int4, has_int8 = True, False
     activation_bits: tuple[int, ...] = (16,)
