@@ -111,6 +111,12 @@ void dot_bf16() {
     asm volatile(FS_TWELVE("vdpbf16ps", "%%zmm12, %%zmm13, ", "%%zmm")::: FS_CLOBBERS);
   }
 }
+void dot_int8() {
+  zero_sources();
+  for (int i = 0; i < kLoops; ++i) {
+    asm volatile(FS_TWELVE("vpdpbusd", "%%zmm12, %%zmm13, ", "%%zmm")::: FS_CLOBBERS);
+  }
+}
 void tiles() {
   alignas(64) unsigned char shape[64] = {1};
   for (int i = 0; i < 8; ++i) {
@@ -137,16 +143,17 @@ double measure_peak(void (*work)(), double flops) {
 }
 
 Floors measure() {
-  Floors floors{measure_read(), 0.0, 0.0};
+  Floors floors{measure_read(), 0.0, 0.0, 0.0};
   const bool wide = isa_runs(Isa::avx512) && active_isa() >= Isa::avx512;
   if (wide) {
     floors.float_flops_per_s = measure_peak(fma_512, 12 * 16 * 2);
   } else if (isa_runs(Isa::avx2)) {
     floors.float_flops_per_s = measure_peak(fma_256, 12 * 8 * 2);
   }
-  floors.bf16_flops_per_s = floors.float_flops_per_s;
+  floors.bf16_flops_per_s = floors.int8_ops_per_s = floors.float_flops_per_s;
   if (wide && active_isa() >= Isa::avx512bf16) {
     floors.bf16_flops_per_s = std::max(floors.bf16_flops_per_s, measure_peak(dot_bf16, 12 * 32 * 2));
+    floors.int8_ops_per_s = measure_peak(dot_int8, 12 * 64 * 2);
   }
   if (active_isa() == Isa::amxbf16) {
     floors.bf16_flops_per_s = std::max(floors.bf16_flops_per_s, measure_peak(tiles, 4 * 16 * 16 * 32 * 2));
@@ -157,7 +164,7 @@ Floors measure() {
 #else
 
 Floors measure() {
-  return {measure_read(), 0.0, 0.0};  // no peak known: floors are those of memory
+  return {measure_read(), 0.0, 0.0, 0.0};  // no peak known: floors are those of memory
 }
 
 #endif
@@ -264,9 +271,10 @@ int run_main(int argc, char** argv) {
   }
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
-  std::printf("%s, %d threads; floors: read %.1f GB/s, float32 %.0f GFLOP/s, bf16 %.0f GFLOP/s\n",
-              name_of(active_isa()), pool().num_threads(), floors().read_bytes_per_s / 1e9,
-              floors().float_flops_per_s / 1e9, floors().bf16_flops_per_s / 1e9);
+  std::printf(
+      "%s, %d threads; floors: read %.1f GB/s, float32 %.0f GFLOP/s, bf16 %.0f GFLOP/s, int8 %.0f GOP/s\n",
+      name_of(active_isa()), pool().num_threads(), floors().read_bytes_per_s / 1e9,
+      floors().float_flops_per_s / 1e9, floors().bf16_flops_per_s / 1e9, floors().int8_ops_per_s / 1e9);
   benchmark::RunSpecifiedBenchmarks();
   return 0;
 }

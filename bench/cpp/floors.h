@@ -18,6 +18,7 @@ struct Floors {
   double read_bytes_per_s;   // the best plain read of 512 MB in huge pages, by all threads of the pool
   double float_flops_per_s;  // fused multiply-adds of the widest vectors, registers only, all threads
   double bf16_flops_per_s;   // the best bf16 product instruction of the active instruction set; else as above
+  double int8_ops_per_s;  // the same of 8-bit vector products, two operations a multiply-add; else as above
 };
 
 const Floors& floors();  // measured on first use, with as many threads as the pool has
