@@ -75,6 +75,7 @@ template <class Products, bool kHasOffsets, int V, int M>
 void block_tile(const QuantizedProduct<typename Products::Input>& op, int64_t panel, int first,
                 int64_t token) {
   constexpr int kVectors = Products::kHalves * V;
+  constexpr int64_t kAhead = 2 * 1024;  // bytes of the stream: memory is always asked for something
   const QuantizedPanels panels = op.panels;
   const int64_t num_blocks = panels.num_blocks(), x_stride = panels.padded_depth();
   const auto row_of = [&](int vector) FS_INLINE { return first + vector / V * 16 + vector % V * kLanes; };
@@ -105,6 +106,9 @@ void block_tile(const QuantizedProduct<typename Products::Input>& op, int64_t pa
       });
       const uint8_t* lines = p + (Products::kHalves == 1 ? first / 16 * 64 : 0) + first % 16 * 4;
       each<kBlock / 4>([&](auto t) FS_INLINE {
+        each<Products::kLineBytes / 64>([&](auto i) FS_INLINE {
+          __builtin_prefetch(p + kAhead + t.value * Products::kLineBytes + i.value * 64, 0, 3);
+        });
         Products::template add_line<V, M>(products, lines + t.value * Products::kLineBytes, x + 4 * t.value,
                                           x_stride);
       });
