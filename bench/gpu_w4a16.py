@@ -100,10 +100,11 @@ def measure(rows: int, depth: int, limits: dict[str, float]) -> list[dict[str, A
         x = torch.randn(tokens, depth, dtype=torch.float16, device="cuda")
         out = torch.empty(tokens, rows, dtype=torch.float16, device="cuda")
         size = _native.cuda_int4_workspace_bytes(tokens, depth, multiprocessors, False)
-        workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+        workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+        counters = torch.zeros(_native.cuda_linear_counters, dtype=torch.int32, device="cuda")
 
-        def ours(weight: torch.Tensor, out=out, x=x, workspace=workspace) -> None:
-            _native.ops.linear_int4(out, x, weight, None, None, workspace, GROUP_SIZE, 0, 16)
+        def ours(weight: torch.Tensor, out=out, x=x, workspace=workspace, counters=counters) -> None:
+            _native.ops.linear_int4(out, x, weight, None, None, workspace, GROUP_SIZE, 0, 16, counters)
 
         seconds = median_seconds([lambda weight=weight, ours=ours: ours(weight) for weight in packed])
         torch_seconds = median_seconds([lambda w=w, x=x, out=out: torch.mm(x, w.T, out=out) for w in dense])
@@ -146,7 +147,8 @@ def counted(device: Any) -> list[dict[str, Any]]:
                 "packed": packed,
                 "bias": None,
                 "input_order": None,
-                "workspace": torch.zeros(size, dtype=torch.uint8),
+                "workspace": torch.empty(size, dtype=torch.uint8),
+                "counters": torch.zeros(_native.cuda_linear_counters, dtype=torch.int32),
                 "group_size": GROUP_SIZE,
                 "form": 0,
                 "activation_bits": 16,

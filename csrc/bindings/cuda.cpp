@@ -4,6 +4,7 @@
 #include "bindings/bindings.h"
 #include "layout/int4_fragment.h"
 #include "layout/stripes.h"
+#include "ops/ops.h"
 #if defined(FS_CUDA)
 #include "cuda/devices.h"
 #endif
@@ -11,6 +12,16 @@
 namespace py = pybind11;
 
 namespace fs {
+
+namespace {
+
+void check_workspace_of(const char* function, int64_t max_tokens, int64_t depth, int num_multiprocessors) {
+  FS_CHECK(max_tokens >= 0 && depth >= 0 && num_multiprocessors > 0,
+           function << ": max_tokens is " << max_tokens << ", K is " << depth << ", num_multiprocessors is "
+                    << num_multiprocessors);
+}
+
+}  // namespace
 
 void bind_cuda(py::module_& module) {
 #if defined(FS_CUDA)
@@ -49,20 +60,25 @@ void bind_cuda(py::module_& module) {
       "The shape, uint8 [P, B], of a weight [N, K] packed by `pack_int4` on a CUDA device. form: 0 "
       "symmetric,\n"
       "1 zero points, 2 minimums.");
+  module.attr("cuda_linear_counters") = kLinearCounters;
+  module.def(
+      "cuda_linear_workspace_bytes",
+      [](int64_t max_tokens, int num_multiprocessors) {
+        check_workspace_of("cuda_linear_workspace_bytes", max_tokens, 0, num_multiprocessors);
+        return stripes_workspace_bytes(linear_tile_rows(max_tokens), num_multiprocessors);
+      },
+      py::arg("max_tokens"), py::arg("num_multiprocessors"),
+      "Bytes of workspace that `linear` needs on a CUDA device for at most max_tokens rows.");
   module.def(
       "cuda_int4_workspace_bytes",
       [](int64_t max_tokens, int64_t depth, int num_multiprocessors, bool reorders) {
-        FS_CHECK(max_tokens >= 0 && depth >= 0 && num_multiprocessors > 0,
-                 "cuda_int4_workspace_bytes: max_tokens is " << max_tokens << ", K is " << depth
-                                                             << ", num_multiprocessors is "
-                                                             << num_multiprocessors);
-        return stripes_workspace_bytes(max_tokens, depth, num_multiprocessors, reorders);
+        check_workspace_of("cuda_int4_workspace_bytes", max_tokens, depth, num_multiprocessors);
+        return int4_workspace_bytes(max_tokens, depth, num_multiprocessors, reorders);
       },
       py::arg("max_tokens"), py::arg("K"), py::arg("num_multiprocessors"), py::arg("reorders"),
       "Bytes of workspace that `linear_int4` needs on a CUDA device for at most max_tokens rows of K "
       "inputs;\n"
-      "`reorders`: with an input_order. Its content must be zero at first, and belongs to the op after "
-      "that.");
+      "`reorders`: with an input_order.");
 }
 
 }  // namespace fs

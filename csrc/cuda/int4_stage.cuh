@@ -7,8 +7,8 @@
 #include "cuda/dequantize.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/stripe_walk.cuh"
 #include "layout/int4_fragment.h"
-#include "layout/stripes.h"
 #include "layout/swizzle.h"
 
 namespace fs::cuda::int4 {
@@ -27,16 +27,11 @@ struct Operands {
   const T* x;
   const uint8_t* packed;
   const float* bias;
-  uint32_t* counters;
-  float4* partials;
   int64_t out_stride, x_stride;  // elements
   int64_t panel_bytes;
   int num_rows, num_columns, depth;
   int num_panels, scales_at, offsets_at;
-  int num_row_tiles;
-  int num_slots;  // of the ring
-  Stripes stripes;
-  bool whole_tiles;  // each block computes whole column tiles, one after another
+  StripeWork work;
   bool zero_points;
   bool vector_out;  // rows of out can be stored 16 bytes at a time
 };

@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Matrix product with 16-bit weights on tensor cores, for callers who want a row's result to depend on that
-// row alone: every output is one chain of m16n8k16 products in ascending k, whatever the number of rows, the
-// tile it falls into and the device.
+// row alone.
 //
 // A block of four warps computes a tile of 16, 32 or 64 rows by 128 columns; each warp owns one panel of 32
 // columns. Weights go from memory to registers in the order of layout/fragment.h, 16 bytes per lane, each
 // chunk one stage ahead; nobody shares them, so they need no shared memory. Activations pass through a ring
 // of stages of 64 inputs in shared memory, filled by asynchronous copies.
 //
-// Bytes at least: N K weights once per row of tiles, M K activations once per column of tiles (L2), M N
-// outputs. Bound: memory up to 64 rows, then tensor cores. No split along k: with few columns (N < 128 x
-// multiprocessors) and few rows not all multiprocessors have work. That is the price of one chain;
-// `exact=False` does not pay it.
+// K is cut as for linear_int4 (stripe_walk.cuh), so that all multiprocessors have work whatever N is. One
+// order of additions: an output is the sum over the parts of its column tile, in order, each one chain of
+// m16n8k16 products in ascending k from zero. Where parts begin depends on N, K and the number of
+// multiprocessors and never on the number of rows.
 //
-// ptxas: linear_kernel <= 192 registers, 128 threads
+// Bytes at least: N K weights once per row of tiles, M K activations once per column of tiles (L2), M N
+// outputs. Bound: memory up to 64 rows, then tensor cores.
+//
+// ptxas: linear_kernel <= 224 registers, 128 threads
 // ptxas: pack_linear_kernel <= 40 registers, 256 threads
 #include <type_traits>
 
-#include "cuda/launch.cuh"
+#include "cuda/stripe_walk.cuh"
 #include "layout/fragment.h"
 #include "layout/swizzle.h"
 
@@ -42,6 +44,7 @@ struct Operands {
   const float* bias;
   int64_t out_stride, x_stride;  // elements
   int num_rows, num_columns, depth, num_chunks;
+  StripeWork work;
   bool pairs;  // outputs can be stored two at a time
 };
 
@@ -52,7 +55,7 @@ struct StageWeights {
 
 template <class T>
 __device__ __forceinline__ void load_weights(StageWeights& to, const T* panel, int stage, int num_chunks,
-                                             bool has_panel) {
+                                             bool has_panel) {  // num_chunks: those after it are zeros
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int step = 0; step < kStageSteps; ++step) {
@@ -136,39 +139,51 @@ __device__ __forceinline__ void write_tile(const Operands<T>& op, const float (&
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const Operands<T> op) {
   __shared__ alignas(128) uint8_t ring[kStages][kTiles * 16 * kStageDepth * sizeof(T)];
-  const int first_row = static_cast<int>(blockIdx.y) * kTiles * 16;
-  const int panel = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
-  const int first_column = panel * static_cast<int>(kFragmentRows);
-  const bool has_panel = first_column < op.num_columns;
-  const T* weights = op.packed + static_cast<int64_t>(panel) * op.num_chunks * kFragmentChunk;
-  const int num_stages = (op.num_chunks + kStageSteps - 1) / kStageSteps;
+  __shared__ uint32_t arrived;
+  constexpr int kUnitStages = kStripeDepth / kStageDepth;
+  StripeWalk walk(op.work);
+  do {
+    const int first_row = walk.row_tile * kTiles * 16;
+    const int panel = walk.column_tile * kWarps + static_cast<int>(threadIdx.x) / 32;
+    const int first_column = panel * static_cast<int>(kFragmentRows);
+    const bool has_panel = first_column < op.num_columns;
+    const T* weights = op.packed + static_cast<int64_t>(panel) * op.num_chunks * kFragmentChunk;
+    const int begin = walk.begin() * kUnitStages;
+    const int end = min(walk.end() * kUnitStages, (op.num_chunks + kStageSteps - 1) / kStageSteps);
+    const int end_chunk = min(end * kStageSteps, op.num_chunks);
 
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < num_stages) copy_stage<T, kTiles>(op, shared_address(ring[stage]), stage, first_row);
-    commit_copies();
-  }
-  StageWeights current, next;
-  load_weights(current, weights, 0, op.num_chunks, has_panel);
-  float sums[kTiles][kProducts][4] = {};
-  for (int stage = 0; stage < num_stages; ++stage) {
-    load_weights(next, weights, stage + 1, op.num_chunks, has_panel);
-    wait_for_copies<kStages - 2>();
-    __syncthreads();  // the stage is there for all, and all have left the one that is filled next
-    const int ahead = stage + kStages - 1;
-    if (ahead < num_stages)
-      copy_stage<T, kTiles>(op, shared_address(ring[ahead % kStages]), ahead, first_row);
-    commit_copies();
-    multiply_stage<T, kTiles>(sums, current, shared_address(ring[stage % kStages]));
-    current = next;
-  }
-  if (has_panel) write_tile<T, kTiles>(op, sums, first_row, first_column);
+    for (int i = 0; i < kStages - 1; ++i) {
+      const int stage = begin + i;
+      if (stage < end) copy_stage<T, kTiles>(op, shared_address(ring[stage % kStages]), stage, first_row);
+      commit_copies();
+    }
+    StageWeights current, next;
+    load_weights(current, weights, begin, end_chunk, has_panel);
+    float sums[kTiles][kProducts][4] = {};
+    for (int stage = begin; stage < end; ++stage) {
+      load_weights(next, weights, stage + 1, end_chunk, has_panel);
+      wait_for_copies<kStages - 2>();
+      __syncthreads();  // the stage is there for all, and all have left the one that is filled next
+      const int ahead = stage + kStages - 1;
+      if (ahead < end) copy_stage<T, kTiles>(op, shared_address(ring[ahead % kStages]), ahead, first_row);
+      commit_copies();
+      multiply_stage<T, kTiles>(sums, current, shared_address(ring[stage % kStages]));
+      current = next;
+    }
+    const bool complete = walk.add_parts<kThreads, kTiles * kProducts>(
+        static_cast<int>(threadIdx.x), arrived, [&](const auto& f) {
+#pragma unroll
+          for (int i = 0; i < kTiles * kProducts; ++i) f(sums[i / kProducts][i % kProducts], i);
+        });
+    if (complete && has_panel) write_tile<T, kTiles>(op, sums, first_row, first_column);
+    __syncthreads();  // the ring is free again
+  } while (walk.advance());
 }
 
 template <class T, int kTiles>
-void launch(const Operands<T>& op, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(op.num_columns, kWarps * kFragmentRows)),
-                  static_cast<unsigned>(ceil_div(op.num_rows, kTiles * 16)));
+void launch(Operands<T> op, int num_multiprocessors, cudaStream_t stream) {
+  const dim3 grid = stripe_grid(op.work, op.num_rows, kTiles * 16, num_multiprocessors);
   linear_kernel<T, kTiles><<<grid, kThreads, 0, stream>>>(op);
 }
 
@@ -186,9 +201,12 @@ void linear_of(const Linear& op, cudaStream_t stream) {
   operands.depth = static_cast<int>(op.x.shape[1]);
   operands.num_chunks = static_cast<int>(op.packed.shape[1] / kFragmentDepth);
   operands.pairs = is_aligned(op.out, op.out.shape[1], 2);
-  if (operands.num_rows <= 16) return launch<T, 1>(operands, stream);
-  if (operands.num_rows <= 32) return launch<T, 2>(operands, stream);
-  launch<T, 4>(operands, stream);
+  const int multiprocessors = device_attribute("linear", cudaDevAttrMultiProcessorCount, op.x.device_index);
+  operands.work = make_stripe_work(op, multiprocessors,
+                                   stripes_workspace_bytes(linear_tile_rows(op.x.shape[0]), multiprocessors));
+  if (operands.num_rows <= 16) return launch<T, 1>(operands, multiprocessors, stream);
+  if (operands.num_rows <= 32) return launch<T, 2>(operands, multiprocessors, stream);
+  launch<T, 4>(operands, multiprocessors, stream);
 }
 
 void check_packed(const char* op_name, const Tensor& packed, int64_t num_columns, int64_t depth) {
@@ -210,8 +228,6 @@ void linear(const Linear& op, const OpContext& context) {
   FS_CHECK(depth % 8 == 0 && is_aligned(op.x, depth, 8),
            "linear: K is " << depth << "; the cuda kernel takes multiples of 8, and rows of x that start at "
                            << "multiples of 16 bytes");
-  FS_CHECK(num_columns <= 0x7fffffff - 128 && depth <= 0x7fffffff - 64 && num_rows <= 64 * kMaxGridY,
-           "linear: " << num_rows << " x " << num_columns << " x " << depth << " is too large");
   if (op.x.dtype == DType::f16) {
     linear_of<f16>(op, stream_of(context));
   } else {

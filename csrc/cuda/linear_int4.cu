@@ -47,23 +47,12 @@ void launch_for_group(const Operands<T>& op, int64_t group, int multiprocessors,
   launch_for_rows<T, 0, kMinimums>(op, multiprocessors, shared, stream);
 }
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  FS_CHECK(error == cudaSuccess, "linear_int4: cannot ask the device: " << cudaGetErrorString(error));
-  return value;
-}
-
 template <class T>
 void linear_of(const LinearInt4& op, const Int4Layout& layout, Int4Form form, cudaStream_t stream) {
   const int64_t num_rows = op.x.shape[0], depth = op.x.shape[1], num_columns = op.out.shape[1];
   const int device = op.x.device_index;
-  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int64_t needed = stripes_workspace_bytes(num_rows, depth, multiprocessors, op.input_order.defined());
-  FS_CHECK(op.workspace.shape[0] >= needed, "linear_int4: workspace has "
-                                                << op.workspace.shape[0] << " bytes; " << num_rows
-                                                << " rows of " << depth << " inputs need " << needed);
+  const int multiprocessors = device_attribute("linear_int4", cudaDevAttrMultiProcessorCount, device);
+  const int shared = device_attribute("linear_int4", cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   auto* workspace = op.workspace.ptr<uint8_t>();
 
   Operands<T> operands{};
@@ -72,8 +61,8 @@ void linear_of(const LinearInt4& op, const Int4Layout& layout, Int4Form form, cu
   operands.x_stride = op.x.stride[0];
   operands.packed = op.packed.ptr<const uint8_t>();
   operands.bias = op.bias.defined() ? op.bias.ptr<const float>() : nullptr;
-  operands.counters = reinterpret_cast<uint32_t*>(workspace);
-  operands.partials = reinterpret_cast<float4*>(workspace + 4 * kStripeCounters);
+  operands.work = make_stripe_work(
+      op, multiprocessors, int4_workspace_bytes(num_rows, depth, multiprocessors, op.input_order.defined()));
   operands.out_stride = op.out.stride[0];
   operands.panel_bytes = layout.panel_bytes();
   operands.num_rows = static_cast<int>(num_rows);
@@ -82,13 +71,14 @@ void linear_of(const LinearInt4& op, const Int4Layout& layout, Int4Form form, cu
   operands.num_panels = static_cast<int>(layout.num_panels);
   operands.scales_at = static_cast<int>(layout.code_bytes);
   operands.offsets_at = static_cast<int>(layout.code_bytes + layout.scale_bytes);
-  operands.stripes = make_stripes(num_columns, depth, multiprocessors);
   operands.zero_points = form == Int4Form::zero_points;
   operands.vector_out = is_aligned(op.out, 8, 8);
   if (op.input_order.defined()) {
+    FS_CHECK(num_rows <= kMaxGridY,
+             "linear_int4: " << num_rows << " rows with an input_order; at most " << kMaxGridY);
     const int64_t stride = ceil_div(depth, 8) * 8;
     auto* ordered = reinterpret_cast<uint16_t*>(
-        workspace + stripes_workspace_bytes(num_rows, depth, multiprocessors, false));
+        workspace + int4_workspace_bytes(num_rows, depth, multiprocessors, false));
     const dim3 grid(static_cast<unsigned>(ceil_div(stride, 256)), static_cast<unsigned>(num_rows));
     reorder_kernel<<<grid, 256, 0, stream>>>(ordered, op.x.ptr<const uint16_t>(),
                                              op.input_order.ptr<const int32_t>(), op.x.stride[0],
@@ -115,16 +105,12 @@ void linear_int4(const LinearInt4& op, const OpContext& context) {
                                      << " needs [" << layout.num_panels << ", " << layout.panel_bytes()
                                      << "]");
   if (num_rows == 0 || num_columns == 0) return;
-  FS_CHECK(reinterpret_cast<uintptr_t>(op.packed.data) % 16 == 0 &&
-               reinterpret_cast<uintptr_t>(op.workspace.data) % 16 == 0,
-           "linear_int4: packed or workspace is not aligned to 16 bytes");
+  FS_CHECK(reinterpret_cast<uintptr_t>(op.packed.data) % 16 == 0,
+           "linear_int4: packed is not aligned to 16 bytes");
   FS_CHECK(op.input_order.defined() || (depth % 8 == 0 && is_aligned(op.x, depth, 8)),
            "linear_int4: K is " << depth
                                 << "; the cuda kernel takes multiples of 8, and rows of x that start at "
                                 << "multiples of 16 bytes");
-  FS_CHECK(depth > 0 && depth <= 1 << 24 && num_columns <= kStripeCounters * kStripeColumns &&
-               num_rows <= kMaxGridY && op.x.stride[0] < int64_t{1} << 30,
-           "linear_int4: " << num_rows << " x " << num_columns << " x " << depth << " is too large");
   if (op.x.dtype == DType::f16) {
     linear_of<f16>(op, layout, form, stream_of(context));
   } else {

@@ -21,11 +21,7 @@
 // multiprocessors (layout/stripes.h). Tiles for 8, 16, 32, 48 and 64 rows are instances of one template and
 // differ in how many products go side by side, never along K.
 //
-// Few rows: each block computes one stripe. If a column tile has several parts, each block leaves its part,
-// in float32, in the workspace, and the last one to arrive adds them up: nobody waits for anybody. The
-// counters of arrivals at the beginning of the workspace are zero before and after. Many rows: there are
-// enough tiles to give every block whole ones; it computes the parts one after another and adds them in the
-// same order.
+// Who computes which part, and how parts are added: stripe_walk.cuh.
 //
 // Bytes at least: the weights once per 64 rows, with their scales; M K activations once per column tile (from
 // L2); M N outputs. Shared memory is reused for another purpose only between two barriers of the whole block.
@@ -117,12 +113,6 @@ __device__ __forceinline__ void for_each(Sums<kTiles>& sums, const F& f) {
 __device__ __forceinline__ float4 as_float4(const float (&x)[4]) {
   return float4{x[0], x[1], x[2], x[3]};
 }
-__device__ __forceinline__ void add(float (&x)[4], const float4& y) {  // x = y + x
-  x[0] = __fadd_rn(y.x, x[0]);
-  x[1] = __fadd_rn(y.y, x[1]);
-  x[2] = __fadd_rn(y.z, x[2]);
-  x[3] = __fadd_rn(y.w, x[3]);
-}
 
 // The threads of the first half turn their sums around in shared memory and write rows of `out`.
 template <class T, int kTiles>
@@ -182,23 +172,13 @@ __global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<T, kTiles, kGroup>))
   const int thread = static_cast<int>(threadIdx.x);
   const Place place{thread % 32, thread / 32 % kPanels, thread / kHalfThreads, thread % 32 / 4,
                     thread % 4,  thread % kHalfThreads};
-  const Stripes stripes = op.stripes;
-  const int num_tiles = stripes.num_column_tiles;
-  const uint64_t policy = cache_policy(op.num_row_tiles == 1);
-  const auto block = static_cast<int>(blockIdx.x);
-
-  // A stripe: parts of neighbouring column tiles. Whole tiles: all parts of one column tile after the other.
-  int tile = block;  // of whole tiles: column tile * num_row_tiles + row tile
-  int row_tile = op.whole_tiles ? tile % op.num_row_tiles : static_cast<int>(blockIdx.y);
-  int column_tile = op.whole_tiles ? tile / op.num_row_tiles : block * stripes.length / stripes.pitch;
-  int part = op.whole_tiles ? 0 : block - stripes.first_stripe(column_tile);
-  const int first_column_tile = column_tile;
-  for (;;) {
-    const int num_parts = stripes.num_parts(column_tile);
-    const int begin = stripes.part_begin(column_tile, part), end = stripes.part_end(column_tile, part);
+  const uint64_t policy = cache_policy(op.work.num_row_tiles == 1);
+  StripeWalk walk(op.work);
+  do {
+    const int begin = walk.begin(), end = walk.end();
     const int middle = part_middle(begin, end);
-    const int first_row = row_tile * kTiles * 8, first_column = column_tile * kStripeColumns;
-    const int panel = column_tile * kPanels + place.panel;
+    const int first_row = walk.row_tile * kTiles * 8, first_column = walk.column_tile * kStripeColumns;
+    const int panel = walk.column_tile * kPanels + place.panel;
     const bool has_panel = panel < op.num_panels;
     Sums<kTiles> sums = {};
     const int half_begin = place.half == 0 ? begin : middle, half_end = place.half == 0 ? middle : end;
@@ -223,85 +203,26 @@ __global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<T, kTiles, kGroup>))
         sum[2] = __fadd_rn(sum[2], other.z);
         sum[3] = __fadd_rn(sum[3], other.w);
       });
-      constexpr int kSlot = kBlocksOf16 * kTiles * kHalfThreads;  // float4s
-      bool complete = true;
-      if (num_parts > 1 && op.whole_tiles) {
-        float4* total = op.partials + static_cast<int64_t>(block) * kSlot + place.in_half;
-        complete = part == num_parts - 1;
-        for_each<kTiles>(sums, [&](float (&sum)[4], int i) {
-          if (part > 0) add(sum, total[i * kHalfThreads]);
-          if (!complete) total[i * kHalfThreads] = as_float4(sum);
-        });
-      } else if (num_parts > 1) {
-        // A stripe leaves at most two parts that are not whole column tiles: of its first and its last one.
-        const int slots_per_stripe = stripes.pitch % stripes.length == 0 ? 1 : 2;
-        const auto slot = [&](int stripe, int which) {
-          const int64_t of_row_tile = static_cast<int64_t>(row_tile) * stripes.count + stripe;
-          return op.partials + (of_row_tile * slots_per_stripe + which) * kSlot + place.in_half;
-        };
-        float4* mine = slot(block, column_tile != first_column_tile ? 1 : 0);
-        for_each<kTiles>(sums, [&](float (&sum)[4], int i) { mine[i * kHalfThreads] = as_float4(sum); });
-        named_barrier(1, kHalfThreads);
-        uint32_t* counter = op.counters + row_tile * num_tiles + column_tile;
-        if (place.in_half == 0) {
-          __threadfence();
-          arrived = atomicAdd(counter, 1u);
-          __threadfence();
-        }
-        named_barrier(1, kHalfThreads);
-        complete = arrived == static_cast<uint32_t>(num_parts - 1);
-        if (complete) {
-          if (place.in_half == 0) *counter = 0;
-          for (int p = 0; p < num_parts; ++p) {
-            const int stripe = stripes.first_stripe(column_tile) + p;
-            const bool is_first = stripe * stripes.length / stripes.pitch == column_tile;
-            const float4* from = slot(stripe, is_first ? 0 : 1);
-            for_each<kTiles>(sums, [&](float (&sum)[4], int i) {
-              const float4 next = __ldcg(from + i * kHalfThreads);
-              sum[0] = p == 0 ? next.x : __fadd_rn(sum[0], next.x);
-              sum[1] = p == 0 ? next.y : __fadd_rn(sum[1], next.y);
-              sum[2] = p == 0 ? next.z : __fadd_rn(sum[2], next.z);
-              sum[3] = p == 0 ? next.w : __fadd_rn(sum[3], next.w);
-            });
-          }
-        }
-      }
+      const bool complete = walk.add_parts<kHalfThreads, kBlocksOf16 * kTiles>(
+          place.in_half, arrived, [&](const auto& f) { for_each<kTiles>(sums, f); });
       if (complete) {
         write_tile<T, kTiles>(op, place, shared + Epilogue<kTiles>::kTile, sums, first_row, first_column,
                               has_panel);
       }
     }
     __syncthreads();  // the ring is free again
-
-    if (op.whole_tiles) {
-      if (++part < num_parts) continue;
-      tile += static_cast<int>(gridDim.x);
-      if (tile >= op.num_row_tiles * num_tiles) return;
-      row_tile = tile % op.num_row_tiles;
-      column_tile = tile / op.num_row_tiles;
-    } else {
-      ++column_tile;
-      if (column_tile == num_tiles || column_tile * stripes.pitch >= (block + 1) * stripes.length) return;
-    }
-    part = 0;
-  }
+  } while (walk.advance());
 }
 
 template <class T, int kTiles, int kGroup, bool kMinimums, int kSlots>
 void launch_with(Operands<T> op, int num_multiprocessors, cudaStream_t stream) {
   constexpr int kRingBytes = kSlots * Stage<kTiles, kGroup>::kBytes;
   constexpr int kBytes = kRingBytes > Epilogue<kTiles>::kBytes ? kRingBytes : Epilogue<kTiles>::kBytes;
-  op.num_row_tiles = static_cast<int>(ceil_div(op.num_rows, kTiles * 8));
-  const int64_t tiles = static_cast<int64_t>(op.num_row_tiles) * op.stripes.num_column_tiles;
-  op.whole_tiles = op.num_row_tiles > 1 && tiles >= num_multiprocessors;
+  const dim3 grid = stripe_grid(op.work, op.num_rows, kTiles * 8, num_multiprocessors);
   const auto kernel = linear_int4_kernel<T, kTiles, kGroup, kMinimums, kSlots>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   FS_CHECK(error == cudaSuccess, "linear_int4: the device refuses "
                                      << kBytes << " bytes of shared memory: " << cudaGetErrorString(error));
-  const int64_t resident = 2 * static_cast<int64_t>(num_multiprocessors);
-  const dim3 grid(
-      static_cast<unsigned>(op.whole_tiles ? (tiles < resident ? tiles : resident) : op.stripes.count),
-      static_cast<unsigned>(op.whole_tiles ? 1 : op.num_row_tiles));
   kernel<<<grid, kThreads, kBytes, stream>>>(op);
 }
 

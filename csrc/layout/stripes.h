@@ -9,9 +9,10 @@
 // of K, whoever computes them. The cuts depend on N, K and the number of multiprocessors, never on the number
 // of rows: one row alone and a thousand are summed in the same order.
 //
-// A column tile has at most kMaxParts parts, so that putting them together stays cheap. With many column
-// tiles stripes may be of any length from half a column tile up, and cut anywhere; with few of them each is
-// cut into the same number of equal parts, and some multiprocessors are left over.
+// A column tile has at most kMaxParts parts, so that putting them together stays cheap: three additions. With
+// many column tiles stripes may be of any length from a third of a column tile up, and cut anywhere; with
+// fewer than a third of the multiprocessors each is cut into the same number of equal parts, and some
+// multiprocessors are left over.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ namespace fs {
 
 inline constexpr int kStripeColumns = 128;
 inline constexpr int kStripeDepth = 128;
-inline constexpr int kMaxParts = 3;
+inline constexpr int kMaxParts = 4;
 inline constexpr int kMinStripe = 2;  // units
 
 // Half of the part [begin, end) that the first and the second half of a block's warps sum.
@@ -64,7 +65,9 @@ FS_HOST_DEVICE constexpr Stripes make_stripes(int64_t num_columns, int64_t depth
   // Two stripes on a multiprocessor, if they have a column tile or so each.
   const int wanted = tiles >= num_multiprocessors ? 2 * num_multiprocessors : num_multiprocessors;
   stripes.length = divide_up(static_cast<int64_t>(tiles) * units, wanted);
-  if (2 * stripes.length < units) {  // more than kMaxParts parts: cut each column tile alike
+  // Else more than kMaxParts parts, or more of them than the workspace is made for.
+  const bool anywhere = (kMaxParts - 1) * stripes.length >= units && 3 * tiles >= num_multiprocessors;
+  if (!anywhere) {
     const int parts = num_multiprocessors / tiles;
     stripes.length = divide_up(units, parts < kMaxParts ? parts : kMaxParts);
     if (stripes.length < kMinStripe) stripes.length = kMinStripe < units ? kMinStripe : units;
@@ -74,25 +77,29 @@ FS_HOST_DEVICE constexpr Stripes make_stripes(int64_t num_columns, int64_t depth
   return stripes;
 }
 
-// --- the workspace of linear_int4: counters of arrivals, parts of sums, activations in another order.
+// --- the workspace of linear and linear_int4: parts of sums, activations in another order.
 
-inline constexpr int64_t kStripeCounters = 16384;
-
-// Rows of the smallest tile of the kernels that holds max_rows, or of the largest one.
-FS_HOST_DEVICE constexpr int64_t tile_rows(int64_t max_rows) {
+// Rows of the smallest tile of linear_int4's kernels that holds max_rows, or of the largest one; and of
+// linear's.
+FS_HOST_DEVICE constexpr int64_t int4_tile_rows(int64_t max_rows) {
   return max_rows <= 8 ? 8 : max_rows <= 16 ? 16 : max_rows <= 32 ? 32 : max_rows <= 48 ? 48 : 64;
 }
+FS_HOST_DEVICE constexpr int64_t linear_tile_rows(int64_t max_rows) {
+  return max_rows <= 16 ? 16 : max_rows <= 32 ? 32 : 64;
+}
 
-// Bytes for up to max_rows rows of `depth` inputs. The first 4 * kStripeCounters must be zero when a
-// workspace is first used, and are zero after each call.
-FS_HOST_DEVICE constexpr int64_t stripes_workspace_bytes(int64_t max_rows, int64_t depth,
-                                                         int num_multiprocessors, bool reorders) {
-  const int64_t rows = tile_rows(max_rows);
-  // Parts: with two stripes on a multiprocessor, each may leave two. Several row tiles go side by side only
-  // while they are fewer tiles than multiprocessors, and then a column tile has at most kMaxParts parts.
-  const int64_t parts = 4 * static_cast<int64_t>(num_multiprocessors) * rows * kStripeColumns * 4;
+// Bytes of the parts of tiles of so many rows. With two stripes on a multiprocessor, each may leave two.
+// Several row tiles go side by side only while they are fewer tiles than multiprocessors, and then there are
+// at most kMaxParts parts for each.
+FS_HOST_DEVICE constexpr int64_t stripes_workspace_bytes(int64_t tile_rows, int num_multiprocessors) {
+  return 4 * static_cast<int64_t>(num_multiprocessors) * tile_rows * kStripeColumns * 4;
+}
+
+// For up to max_rows rows of `depth` inputs; `reorders`: of which linear_int4 makes a copy in another order.
+FS_HOST_DEVICE constexpr int64_t int4_workspace_bytes(int64_t max_rows, int64_t depth,
+                                                      int num_multiprocessors, bool reorders) {
   const int64_t ordered = reorders ? max_rows * ((depth + 7) / 8 * 8) * 2 : 0;
-  return 4 * kStripeCounters + parts + ordered;
+  return stripes_workspace_bytes(int4_tile_rows(max_rows), num_multiprocessors) + ordered;
 }
 
 }  // namespace fs

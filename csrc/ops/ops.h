@@ -75,8 +75,12 @@ struct PackLinear {
   }
 };
 
+// `counters` is for CUDA, where the last block to arrive adds the parts of a sum: kLinearCounters zeros,
+// which are zeros again when the kernel has ended. They may serve all calls that run one after another.
+inline constexpr int64_t kLinearCounters = 16384;
+
 struct Linear {
-  Tensor out, x, packed, bias, workspace;
+  Tensor out, x, packed, bias, workspace, counters;
   static constexpr OpInfo info{"linear", "out = x @ weight.T + bias, weight packed by `pack_linear`",
                                "packed"};
   static constexpr auto args() {
@@ -86,6 +90,7 @@ struct Linear {
         tensor(&Linear::packed, "packed", "P Kp 32", kWeights),
         tensor(&Linear::bias, "bias", "N", DType::f32).maybe(),
         tensor(&Linear::workspace, "workspace", "W", DType::u8, Access::write),
+        tensor(&Linear::counters, "counters", "C", DType::i32, Access::update).maybe(),
     };
   }
 };
@@ -122,9 +127,9 @@ struct PackInt4 {
 //   8    on the CPU: activations rounded to 8 bits in groups of 32 inputs, x ~ s * q with s = max|x| / 127
 //        and integers q in [-127, 127] to nearest even; a row with NaN or infinity is NaN throughout. On CUDA
 //        as 16
-// On CUDA the workspace begins with counters that must be zero at its first use and are zero after each call.
+// `counters` as for `linear`.
 struct LinearInt4 {
-  Tensor out, x, packed, bias, input_order, workspace;
+  Tensor out, x, packed, bias, input_order, workspace, counters;
   int64_t group_size, form, activation_bits;
   static constexpr OpInfo info{
       "linear_int4", "out = x @ weight.T + bias, weight packed by `pack_int4` with the same group_size",
@@ -136,10 +141,11 @@ struct LinearInt4 {
         tensor(&LinearInt4::packed, "packed", "P B", DType::u8),
         tensor(&LinearInt4::bias, "bias", "N", DType::f32).maybe(),
         tensor(&LinearInt4::input_order, "input_order", "K", DType::i32).maybe(),
-        tensor(&LinearInt4::workspace, "workspace", "W", DType::u8, Access::update),
+        tensor(&LinearInt4::workspace, "workspace", "W", DType::u8, Access::write),
         scalar(&LinearInt4::group_size, "group_size"),
         scalar(&LinearInt4::form, "form"),
         scalar(&LinearInt4::activation_bits, "activation_bits"),
+        tensor(&LinearInt4::counters, "counters", "C", DType::i32, Access::update).maybe(),
     };
   }
 };

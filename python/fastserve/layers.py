@@ -81,7 +81,7 @@ class PackedLinear:
         return self.device.linear_workspace_bytes(max_tokens, self.in_features, self.packed.dtype)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
-        self.device.ops.linear(out, x, self.packed, self.bias, workspace)
+        self.device.ops.linear(out, x, self.packed, self.bias, workspace, self.device.linear_counters)
 
 
 class TorchLinear:
@@ -177,7 +177,7 @@ class Int4Linear(_QuantizedLinear):
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
         self.device.ops.linear_int4(
             out, x, self.packed, self.bias, self.input_order, workspace, self.group_size, self.form,
-            self.activation_bits,
+            self.activation_bits, self.device.linear_counters,
         )  # fmt: skip
 
 

@@ -9,7 +9,15 @@ from cuda_device import find_devices
 torch.set_num_threads(1)  # the references are small: threads that wait for one another take most of their time
 DEVICES = find_devices()
 collect_ignore = (
-    [] if DEVICES else ["test_cuda_attention.py", "test_cuda_int4.py", "test_cuda_ops.py", "test_cuda_sampling.py"]
+    []
+    if DEVICES
+    else [
+        "test_cuda_attention.py",
+        "test_cuda_int4.py",
+        "test_cuda_ops.py",
+        "test_cuda_sampling.py",
+        "test_cuda_stripes.py",
+    ]
 )
 
 

@@ -81,6 +81,15 @@ class Gpu:
             value.copy_(there[name])
 
 
+def num_multiprocessors() -> int:
+    gpus = _native.cuda_devices()
+    return gpus[0]["multiprocessors"] if gpus else SIMULATED_MULTIPROCESSORS
+
+
+def linear_counters() -> torch.Tensor:
+    return torch.zeros(_native.cuda_linear_counters, dtype=torch.int32)
+
+
 def find_devices() -> list[SimulatedDevice | Gpu]:
     """Every way in which the op cases are to run here; empty if neither a GPU nor the simulated device is there."""
     if _native.built_with_cuda and _native.cuda_devices():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuda_device import SIMULATED_MULTIPROCESSORS
+from cuda_device import linear_counters, num_multiprocessors
 
 from fastserve import _native
 from op_cases import Arguments, Expected, OpCase, empty, normal, widen_rows
@@ -119,11 +119,6 @@ def pack_case(rows: int, depth: int, group_size: int, form: int, strided: bool =
     return OpCase("pack_int4", label, make, reference, length=0)
 
 
-def num_multiprocessors() -> int:
-    gpus = _native.cuda_devices()
-    return gpus[0]["multiprocessors"] if gpus else SIMULATED_MULTIPROCESSORS
-
-
 def linear_reference(inputs: Mapping[str, Any]) -> dict[str, Expected]:
     x, rows, form = inputs["x"].double(), inputs["out"].shape[1], inputs["form"]
     codes, scales, *offsets = unpack(inputs["packed"], rows, x.shape[1], inputs["group_size"], form)
@@ -164,6 +159,7 @@ def linear_case(
             "group_size": group_size,
             "form": form,
             "activation_bits": 16,
+            "counters": linear_counters(),
         }
 
     parts = [f"fragments-M{tokens}-N{rows}-K{depth}-G{group_size}-{FORM_NAMES[form]}"]

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from cuda_device import linear_counters, num_multiprocessors
 
+from fastserve import _native
 from op_cases import Arguments, Expected, OpCase, empty, normal, widen_rows
 
 FORMATS = (torch.float16, torch.bfloat16)
@@ -65,7 +67,8 @@ def linear_case(
             "x": widen_rows(x, extra=8) if strided else x,
             "packed": pack(normal(generator, rows, depth, scale=depth**-0.5).to(dtype)),
             "bias": normal(generator, rows) if bias else None,
-            "workspace": empty(0, dtype=torch.uint8),
+            "workspace": empty(_native.cuda_linear_workspace_bytes(tokens, num_multiprocessors()), dtype=torch.uint8),
+            "counters": linear_counters(),
         }
 
     return OpCase(

@@ -184,7 +184,7 @@ class StepBuffers:
         # What the head writes: the logits themselves, or narrower ones.
         self.head_out = self.logits if dtype == torch.float32 else floats(max_logit_rows, config.vocab_size)
         workspace_bytes = max(linear.workspace_bytes(max(max_num_tokens, max_logit_rows)) for linear in linears)
-        self.workspace = device.empty((workspace_bytes,), torch.uint8).zero_()
+        self.workspace = device.empty((workspace_bytes,), torch.uint8)
         self._views: dict[int, StepViews] = {}
         self._logit_views: dict[int, torch.Tensor] = {}  # torch takes up to 0.1 ms for a slice when caches are cold
 

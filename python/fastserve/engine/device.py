@@ -75,8 +75,10 @@ class Device(Protocol):
     def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]: ...
 
     def quantized_workspace_bytes(self, max_tokens: int, depth: int, activation_bits: int, reorders: bool) -> int:
-        """For up to max_tokens rows of `depth` inputs; reorders: with an input_order. The workspace of linears must be
-        zero at first; the ops leave zero what has to be."""
+        """For up to max_tokens rows of `depth` inputs; reorders: with an input_order."""
+
+    linear_counters: torch.Tensor | None
+    """The argument `counters` of linears, which find and leave zeros there; one for all, as they run in turn."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory with any content."""
@@ -116,6 +118,7 @@ class CpuDevice:
     rows_per_shared_item = 384
     rows_per_warp = 0
     rows_per_token_read = 4
+    linear_counters = None
     has_graphs = True
     graphs_fix_shapes = False
     has_int4 = has_int8 = True
@@ -231,9 +234,9 @@ class CudaDevice:
         if not devices or not torch.cuda.is_available():
             what = "finds no CUDA device" if not devices else "has a torch without CUDA"
             raise FastserveError(f"device='cuda': this machine {what}; use device='auto' or 'cpu'")
-        self._set_up(exact, _native.ops, devices[index]["multiprocessors"])
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
+        self._set_up(exact, _native.ops, devices[index]["multiprocessors"])
 
     def _set_up(self, exact: bool, ops: Any, num_multiprocessors: int) -> None:
         self.exact = exact
@@ -241,6 +244,9 @@ class CudaDevice:
         self.num_multiprocessors = num_multiprocessors
         self.attention_workers = 2 * num_multiprocessors
         self.sample_workers = num_multiprocessors
+        self.linear_counters: torch.Tensor | None = self.upload(
+            torch.zeros(_native.cuda_linear_counters, dtype=torch.int32)
+        )
         self._staging: tuple[torch.Tensor, torch.Tensor] | None = None  # on the host, there
         self._staged: Any = None  # an event after the last copy
         self.stage_generation = 0
@@ -272,7 +278,7 @@ class CudaDevice:
         return -(-num_rows // 32), -(-depth // 16) * 16, 32  # csrc/layout/fragment.h
 
     def linear_workspace_bytes(self, max_tokens: int, depth: int, dtype: torch.dtype) -> int:
-        return 0
+        return _native.cuda_linear_workspace_bytes(max_tokens, self.num_multiprocessors)
 
     def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
         return _native.cuda_packed_int4_shape(num_rows, depth, group_size, form)
