@@ -105,8 +105,8 @@ class Copier {
 
  public:
   // Units [unit, end); what is copied after that are zeros.
-  __device__ __forceinline__ Copier(const Operands<T>& op, const Place& place, int unit, int end,
-                                    int first_row, const uint8_t* panel, uint64_t policy)
+  __device__ __forceinline__ Copier(const Operands<T>& op, const Place& place, uint32_t ring, int unit,
+                                    int end, int first_row, const uint8_t* panel, uint64_t policy)
       : policy_(policy), units_left_(end - unit) {
     const int row = place.in_half / kRowChunks, chunk = place.in_half % kRowChunks;
     // K is padded to half a unit: the last unit may have half of its codes, and fewer inputs.
@@ -119,9 +119,9 @@ class Copier {
       rows_[i] = op.x + (wanted < op.num_rows ? wanted : op.num_rows - 1) * op.x_stride +
                  unit * kStripeDepth + chunk * 8;
     }
-    to_x_ = static_cast<uint32_t>(place.half * Layout::kX + swizzled_offset(row, chunk, kRowChunks));
+    to_x_ = ring + static_cast<uint32_t>(place.half * Layout::kX + swizzled_offset(row, chunk, kRowChunks));
     const int warp = place.half * kPanels + place.panel;
-    to_codes_ = static_cast<uint32_t>(Layout::kCodes + warp * kCodeBytes + place.lane * 16);
+    to_codes_ = ring + static_cast<uint32_t>(Layout::kCodes + warp * kCodeBytes + place.lane * 16);
     codes_ = panel + static_cast<int64_t>(unit) * kCodeBytes + place.lane * 16;
     if constexpr (kGroup != 0) {
       const bool is_scale = place.lane < 16;
@@ -131,35 +131,39 @@ class Copier {
       scale_step_ = pieces * 16;
       scales_ = panel + (is_scale ? op.scales_at : op.offsets_at) +
                 (static_cast<int64_t>(unit) * pieces + piece) * 16;
-      to_scales_ = static_cast<uint32_t>((is_scale ? Layout::kScales : Layout::kOffsets) +
-                                         (warp * Layout::kGroups * 4 + piece) * 16);
+      to_scales_ = ring + static_cast<uint32_t>((is_scale ? Layout::kScales : Layout::kOffsets) +
+                                                (warp * Layout::kGroups * 4 + piece) * 16);
     }
   }
 
-  // Into the stage at `slot`; moves on to the next unit.
-  __device__ __forceinline__ void copy(uint32_t slot) {
-    const bool has_inputs = units_left_ > last_has_none_;
+  // The unit `ahead` of the next one, into the stage at `slot`, an offset in the ring.
+  __device__ __forceinline__ void copy(uint32_t slot, int ahead) {
+    const bool has_inputs = units_left_ - ahead > last_has_none_;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       // The swizzle has a period of eight rows.
-      copy_async(slot + to_x_ + static_cast<uint32_t>(i * 8 * kRowChunks * kChunkBytes), rows_[i],
-                 has_inputs);
-      rows_[i] += kStripeDepth;
+      copy_async(slot + to_x_ + static_cast<uint32_t>(i * 8 * kRowChunks * kChunkBytes),
+                 rows_[i] + ahead * kStripeDepth, has_inputs);
     }
     if constexpr (kHasPanel) {
-      const bool has_codes = units_left_ > 0, has_all_codes = units_left_ > last_is_half_;
+      const bool has_codes = units_left_ - ahead > 0, has_all_codes = units_left_ - ahead > last_is_half_;
 #pragma unroll
       for (int i = 0; i < kCodeBytes / 512; ++i) {
-        copy_async(slot + to_codes_ + static_cast<uint32_t>(i * 512), codes_ + i * 512,
+        copy_async(slot + to_codes_ + static_cast<uint32_t>(i * 512), codes_ + ahead * kCodeBytes + i * 512,
                    i * 512 < kCodeBytes / 2 ? has_codes : has_all_codes, policy_);
       }
-      codes_ += kCodeBytes;
       if constexpr (kGroup != 0) {
         copy_async_if(has_scale_ && has_codes, slot + to_scales_, scales_, policy_);
         scales_ += scale_step_;
       }
     }
-    --units_left_;
+  }
+  // Past so many units; their scales' addresses have moved already.
+  __device__ __forceinline__ void advance(int units) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) rows_[i] += units * kStripeDepth;
+    if constexpr (kHasPanel) codes_ += units * kCodeBytes;
+    units_left_ -= units;
   }
   // Of those to be copied; negative once zeros are.
   __device__ __forceinline__ int units_left() const { return units_left_; }
@@ -184,20 +188,22 @@ using Sums = float[kBlocksOf16][kTiles][4];
 template <class T, int kTiles, int kGroup, bool kMinimums>
 __device__ __forceinline__ void multiply_unit(Sums<kTiles>& sums, float (&x_sums)[kTiles][4],
                                               MinusZero<T> (&zeros)[kBlocksOf16], bool zero_points,
-                                              const Place& place, uint32_t stage) {
+                                              const Place& place, uint32_t ring, uint32_t slot) {
   using Layout = Stage<kTiles, kGroup>;
   constexpr int kGroups = kGroup == 0 ? 1 : Layout::kGroups;
   constexpr int kGroupSteps = kSteps / kGroups;
   const int warp = place.half * kPanels + place.panel, lane = place.lane;
-  const uint32_t codes = stage + static_cast<uint32_t>(Layout::kCodes + warp * kCodeBytes + lane * 16);
+  const uint32_t codes = ring + static_cast<uint32_t>(Layout::kCodes + warp * kCodeBytes + lane * 16);
   // One load of four matrices gives two row tiles their operands of one step, or one row tile those of two.
   constexpr bool kPairs = kTiles > 1;
   const int row = kPairs ? lane / 16 * 8 + lane % 8 : lane % 8;
   const int chunk = kPairs ? lane % 16 / 8 : lane / 8;
   const uint32_t x =
-      stage + static_cast<uint32_t>(place.half * Layout::kX + swizzled_offset(row, chunk, kRowChunks));
-  const uint32_t scales_at = stage + static_cast<uint32_t>(Layout::kScales + warp * Layout::kGroups * 64);
-  const uint32_t offsets_at = stage + static_cast<uint32_t>(Layout::kOffsets + warp * Layout::kGroups * 64);
+      ring + static_cast<uint32_t>(place.half * Layout::kX + swizzled_offset(row, chunk, kRowChunks));
+  const uint32_t scales_at =
+      ring + slot + static_cast<uint32_t>(Layout::kScales + warp * Layout::kGroups * 64);
+  const uint32_t offsets_at =
+      ring + slot + static_cast<uint32_t>(Layout::kOffsets + warp * Layout::kGroups * 64);
   uint32_t b[kTiles + kTiles % 2][4];
   uint4 words{};
   constexpr int kUnroll = kTiles <= 2 && !kMinimums ? kGroups : 1;  // or registers run out
@@ -217,9 +223,9 @@ __device__ __forceinline__ void multiply_unit(Sums<kTiles>& sums, float (&x_sums
 #pragma unroll
     for (int in_group = 0; in_group < kGroupSteps; ++in_group) {
       const int step = group * kGroupSteps + in_group;
-      if (step % 2 == 0) words = load_shared_16(codes + static_cast<uint32_t>(step / 2 * 512));
+      if (step % 2 == 0) words = load_shared_16(codes + slot + static_cast<uint32_t>(step / 2 * 512));
       // Swizzling is an exclusive or with the row, so a step along the row is one with the address.
-      const uint32_t at = x ^ static_cast<uint32_t>(step * 32);
+      const uint32_t at = (x ^ static_cast<uint32_t>(step * 32)) + slot;
       if constexpr (kPairs) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile += 2) {

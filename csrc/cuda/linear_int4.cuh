@@ -42,18 +42,30 @@ struct Epilogue {
   static constexpr int kBytes = kArrived + 16;
 };
 
+// Once around the ring in one turn of the loop, where that pays: places in the ring are constants then, and
+// addresses move on once. 64 rows have no registers left over for it on sm_90, and would spill one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kMostUnrolledTiles = 6;
+#else
+constexpr int kMostUnrolledTiles = 8;
+#endif
+template <int kTiles, int kGroup, bool kMinimums>
+constexpr bool kIsUnrolled = kGroup == 128 && !kMinimums && kTiles <= kMostUnrolledTiles;
+
 // This warp's half of a part: units [begin, end) of the panel's K. A warp without a panel copies activations.
 template <class T, int kTiles, int kGroup, bool kMinimums, int kSlots, bool kHasPanel>
 __device__ __forceinline__ void sum_half(Sums<kTiles>& sums, const Operands<T>& op, const Place& place,
                                          uint32_t ring, int begin, int end, int first_row,
                                          const uint8_t* panel, uint64_t policy) {
   constexpr auto kStageBytes = static_cast<uint32_t>(Stage<kTiles, kGroup>::kBytes);
-  Copier<T, kTiles, kGroup, kMinimums, kHasPanel> copier(op, place, begin, end, first_row, panel, policy);
+  Copier<T, kTiles, kGroup, kMinimums, kHasPanel> copier(op, place, ring, begin, end, first_row, panel,
+                                                         policy);
 #pragma unroll
   for (int i = 0; i < kSlots - 1; ++i) {
-    copier.copy(ring + static_cast<uint32_t>(i) * kStageBytes);
+    copier.copy(static_cast<uint32_t>(i) * kStageBytes, i);
     commit_copies();
   }
+  copier.advance(kSlots - 1);
   float x_sums[kTiles][4] = {};
   const uint32_t zero = kMinimums ? 0 : 0x00080008u;
   MinusZero<T> zeros[kBlocksOf16] = {MinusZero<T>(zero, zero), MinusZero<T>(zero, zero)};
@@ -66,20 +78,34 @@ __device__ __forceinline__ void sum_half(Sums<kTiles>& sums, const Operands<T>& 
       zeros[1] = MinusZero<T>(twice_byte(z, 2), twice_byte(z, 3));
     }
   }
-  uint32_t slot = ring, free_slot = ring + (kSlots - 1) * kStageBytes;
-  while (copier.units_left() > 1 - kSlots) {
-    wait_for_copies<kSlots - 2>();
-    // The stage is there for the four warps, and all of them have left the one that is filled next.
-    named_barrier(1 + place.half, kHalfThreads);
-    copier.copy(free_slot);
-    commit_copies();
-    if constexpr (kHasPanel) {
-      multiply_unit<T, kTiles, kGroup, kMinimums>(sums, x_sums, zeros, op.zero_points, place, slot);
+  constexpr int kTurn = kIsUnrolled<kTiles, kGroup, kMinimums> ? kSlots : 1;
+  const auto walk_units = [&] {
+    uint32_t slot = 0, free_slot = (kSlots - 1) * kStageBytes;
+    while (true) {
+#pragma unroll
+      for (int i = 0; i < kTurn; ++i) {
+        if (copier.units_left() - i <= 1 - kSlots) return;
+        if constexpr (kTurn > 1) {
+          slot = static_cast<uint32_t>(i) * kStageBytes;
+          free_slot = static_cast<uint32_t>((i + kSlots - 1) % kSlots) * kStageBytes;
+        }
+        wait_for_copies<kSlots - 2>();
+        // The stage is there for the four warps, and all of them have left the one that is filled next.
+        named_barrier(1 + place.half, kHalfThreads);
+        copier.copy(free_slot, i);
+        commit_copies();
+        if constexpr (kHasPanel) {
+          multiply_unit<T, kTiles, kGroup, kMinimums>(sums, x_sums, zeros, op.zero_points, place, ring, slot);
+        }
+        if constexpr (kTurn == 1) {
+          free_slot = slot;
+          slot = slot == (kSlots - 1) * kStageBytes ? 0 : slot + kStageBytes;
+        }
+      }
+      copier.advance(kTurn);
     }
-    free_slot = slot;
-    slot += kStageBytes;
-    if (slot == ring + kSlots * kStageBytes) slot = ring;
-  }
+  };
+  walk_units();
   wait_for_copies<0>();  // zeros may still be on their way
   if constexpr (kGroup == 0 && kHasPanel) {
     float scales[kBlocksOf16][2], minimums[kBlocksOf16][2];
