@@ -99,23 +99,26 @@ __device__ __forceinline__ void attend_block(const AttentionOperands<T>& op, Ite
   }
   TileLoader<T, kDim, (kTiles > 1)> loader(op.kv, hand.item.request, hand.kv_head, range,
                                            hands[warp_id()].blocks);
-  const auto load_keys = [&](int tile, uint32_t stage) {
+  const auto load_keys = [&](int tile, uint32_t stage, auto is_later) {
     const int warp = warp_id();
     if (tile < range.end)
-      loader.load_keys(tile, warp, stage + static_cast<uint32_t>(warp * kGroupBytes<kDim>));
+      loader.template load_keys<is_later>(tile, warp,
+                                          stage + static_cast<uint32_t>(warp * kGroupBytes<kDim>));
     commit_copies();
   };
-  const auto load_values = [&](int tile, uint32_t stage) {
+  const auto load_values = [&](int tile, uint32_t stage, auto is_later) {
     const int warp = warp_id();
     if (tile < range.end)
-      loader.load_values(tile, warp, stage + static_cast<uint32_t>(warp * kGroupBytes<kDim>));
+      loader.template load_values<is_later>(tile, warp,
+                                            stage + static_cast<uint32_t>(warp * kGroupBytes<kDim>));
     commit_copies();
   };
   int at = range.begin / kTileKeys * kTileKeys;
 #pragma unroll
   for (int tile = 0; tile < kAhead; ++tile) {
-    load_keys(at + tile * kTileKeys, ring + static_cast<uint32_t>(2 * tile * kStageBytes));
-    load_values(at + tile * kTileKeys, ring + static_cast<uint32_t>((2 * tile + 1) * kStageBytes));
+    load_keys(at + tile * kTileKeys, ring + static_cast<uint32_t>(2 * tile * kStageBytes), std::false_type());
+    load_values(at + tile * kTileKeys, ring + static_cast<uint32_t>((2 * tile + 1) * kStageBytes),
+                std::false_type());
     loader.keep(loader.look_up(at + (tile + 1) * kTileKeys));
   }
   RingSlot<kStageBytes, 2 * kAhead + 1> slot(ring);
@@ -129,7 +132,7 @@ __device__ __forceinline__ void attend_block(const AttentionOperands<T>& op, Ite
     for (; at < end; at += kTileKeys) {
       WeightFragments weights[kTiles];
       next_stage();
-      load_keys(at + kAhead * kTileKeys, slot.before());
+      load_keys(at + kAhead * kTileKeys, slot.before(), std::true_type());
       if (at < seen_end) {
         ScoreFragments scores[kTiles];
         multiply_keys<T, kDim, kTiles, kTileGroups>(scores, queries, slot.at, 0);
@@ -139,7 +142,7 @@ __device__ __forceinline__ void attend_block(const AttentionOperands<T>& op, Ite
       }
       slot.advance();
       next_stage();
-      load_values(at + kAhead * kTileKeys, slot.before());
+      load_values(at + kAhead * kTileKeys, slot.before(), std::true_type());
       const int blocks = loader.look_up(at + (kAhead + 1) * kTileKeys);
       if (at < seen_end) {
         multiply_values<T, kDim, kTiles, kTileGroups>(rows.current, weights, slot.at, 0);

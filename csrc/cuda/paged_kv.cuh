@@ -58,23 +58,26 @@ class TileLoader {
   }
 
   // Starts to copy a group of the tile at hand to `to`. Keys that nobody sees are masked later; they are
-  // zeros here only if that is so of the whole group.
+  // zeros here only if that is so of the whole group. kLater: the range begins before this tile.
+  template <bool kLater = false>
   __device__ __forceinline__ void load_keys(int tile, int group, uint32_t to) const {
     const int token = tile + group * kGroupKeys;
-    const bool any = token + kGroupKeys > range_.begin && token < range_.end;
+    const bool any = (kLater || token + kGroupKeys > range_.begin) && token < range_.end;
     const LanePlace lane = kSavesRegisters ? lane_place() : lane_;
     copy(place(lane, group, token), to + lane.to, [any](int) { return any; });
   }
   // What nobody sees becomes zeros: a weight of 0 must not meet a NaN.
+  template <bool kLater = false>
   __device__ __forceinline__ void load_values(int tile, int group, uint32_t to) const {
     const int token = tile + group * kGroupKeys;
     const LanePlace lane = kSavesRegisters ? lane_place() : lane_;
     const uint8_t* from = place(lane, group, token) + kv_.value_offset;
-    if (token >= range_.begin && token + kGroupKeys <= range_.end) {
+    if ((kLater || token >= range_.begin) && token + kGroupKeys <= range_.end) {
       copy(from, to + lane.to, [](int) { return true; });
     } else {
       const int row = token + lane_id() / kChunks;
-      copy(from, to + lane.to, [&](int i) { return row + i >= range_.begin && row + i < range_.end; });
+      copy(from, to + lane.to,
+           [&](int i) { return (kLater || row + i >= range_.begin) && row + i < range_.end; });
     }
   }
 
