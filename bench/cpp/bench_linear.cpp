@@ -23,7 +23,7 @@ void linear(benchmark::State& state) {
   const bench::Owned workspace(DType::u8, {linear_workspace_bytes(tokens, depth, DType::bf16)});
   size_t next = 0;
   for (auto _ : state) {
-    run(Linear{out, x, weights[next], {}, workspace});
+    run(Linear{out, x, weights[next], {}, workspace, {}});
     next = (next + 1) % weights.size();
   }
   const auto flops = static_cast<double>(2 * tokens * rows * depth);

@@ -63,11 +63,11 @@ double bf16_seconds(const Tensor& out, const Tensor& x) {
   const int64_t tokens = x.shape[0], depth = x.shape[1], rows = out.shape[1];
   Rotated weights(DType::bf16, {num_panels(rows), padded_depth(depth), kPanelRows});
   const bench::Owned workspace(DType::u8, {linear_workspace_bytes(tokens, depth, DType::bf16)});
-  run(Linear{out, x, weights.next(), {}, workspace});
+  run(Linear{out, x, weights.next(), {}, workspace, {}});
   const double begin = bench::seconds();
   int count = 0;
   while (count < 3 || bench::seconds() - begin < 0.2) {
-    run(Linear{out, x, weights.next(), {}, workspace});
+    run(Linear{out, x, weights.next(), {}, workspace, {}});
     ++count;
   }
   return (bench::seconds() - begin) / count;
@@ -84,7 +84,7 @@ void linear_int4(benchmark::State& state, int64_t activation_bits) {
   const bench::Owned workspace(DType::u8, {quantized_workspace_bytes(tokens, depth, activation_bits)});
   const auto call = [&] {
     const auto form = static_cast<int64_t>(Int4Form::minimums);
-    run(LinearInt4{out, x, weights.next(), {}, {}, workspace, kGroup, form, activation_bits});
+    run(LinearInt4{out, x, weights.next(), {}, {}, workspace, {}, kGroup, form, activation_bits});
   };
   bench::measure_read_again();
   call();
