@@ -4,6 +4,7 @@
 // and key head in front where the model has one (Qwen3), and the write of keys and values to the paged cache.
 // Bound: memory; each of q, k, v is read once.
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/kv_layout.h"
@@ -49,25 +50,27 @@ void rotate_head(float* out, const float* x, const float* cos_sin, int64_t dim) 
   }
 }
 
-void write_element(float* to, float x) {
-  *to = x;
+// One token of one KV head, `offset` tokens into its block. Only its own bytes are written: another thread
+// may write the other token of a pair.
+void write_head(const KvCache<float>& cache, int64_t block, int64_t offset, int64_t head, const float* key,
+                const float* value) {
+  const int64_t dim = cache.head_dim;
+  float* keys = cache.keys(block, head) + key_index<float>(offset, 0, cache.block_size);
+  for (int64_t d = 0; d < dim; ++d) keys[d * cache.block_size] = key[d];
+  std::memcpy(cache.values(block, head) + value_index<float>(offset, 0, dim), value,
+              static_cast<size_t>(dim) * sizeof(float));
 }
-void write_element(bf16* to, float x) {
-  *to = to_bf16(x);
-}
-
-template <class KV>
-void write_head(const KvCache<KV>& cache, int64_t slot, int64_t head, const float* key, const float* value) {
-  const int64_t block = slot / cache.block_size;
-  const int64_t offset = slot % cache.block_size;
-  KV* keys = cache.keys(block, head);
-  KV* values = cache.values(block, head);
-  for (int64_t d = 0; d < cache.head_dim; ++d) {
-    write_element(keys + key_index<KV>(offset, d, cache.block_size), key[d]);
-  }
-  for (int64_t d = 0; d < cache.head_dim; ++d) {
-    write_element(values + value_index<KV>(offset, d, cache.head_dim), value[d]);
-  }
+void write_head(const KvCache<bf16>& cache, int64_t block, int64_t offset, int64_t head, const float* key,
+                const float* value) {
+  const int64_t dim = cache.head_dim;
+  alignas(64) bf16 rounded[kMaxHeadDim];
+  for (int64_t d = 0; d < dim; ++d) rounded[d] = to_bf16(key[d]);
+  bf16* keys = cache.keys(block, head) + key_index<bf16>(offset, 0, cache.block_size);
+  const int64_t line = key_index<bf16>(0, 2, cache.block_size);
+  for (int64_t d = 0; d < dim; d += 2, keys += line) std::memcpy(keys, rounded + d, 2 * sizeof(bf16));
+  for (int64_t d = 0; d < dim; ++d) rounded[d] = to_bf16(value[d]);
+  bf16* values = cache.values(block, head) + value_index<bf16>(offset, 0, dim);
+  for (int64_t d = 0; d < dim; ++d) values[2 * d] = rounded[d];
 }
 
 void check(const RopeKvWrite& op) {
@@ -111,12 +114,14 @@ void rotate_and_write(const RopeKvWrite& op, const float* q_norm, const float* k
       }
       const int64_t slot = op.slot_mapping.ptr<const int32_t>()[t];
       if (slot < 0) continue;  // padding: nothing to keep
+      const int64_t block = slot / cache.block_size;
+      const int64_t offset = slot % cache.block_size;
       for (int64_t head = 0; head < cache.num_heads; ++head) {
         const float* k = op.k.ptr<const float>() + t * op.k.stride[0] + head * dim;
         const float* v = op.v.ptr<const float>() + t * op.v.stride[0] + head * dim;
         if (k_norm != nullptr) norm_head(head_row, k, k_norm, dim, op.eps);
         rotate_head(head_row, k_norm != nullptr ? head_row : k, cos_sin, dim);
-        write_head(cache, slot, head, head_row, v);
+        write_head(cache, block, offset, head, head_row, v);
       }
     }
   });
