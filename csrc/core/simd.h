@@ -31,6 +31,12 @@
 
 namespace fs::FS_ISA {
 
+// Asks for the line at p to come to L2. A function that does nothing else must be marked always_inline, too:
+// GCC takes it for one without effects and leaves out calls of it.
+__attribute__((always_inline)) inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 using bf16 = uint16_t;  // the upper half of a float
 struct f16 {
   uint16_t bits;
@@ -245,12 +251,23 @@ inline void store_first(float* p, vf x, int count) {
 
 // Lane i with lane i + kLanes/2, then quarters, ...: one fixed order.
 inline float reduce_add(vf x) {
+#if defined(FS_SIMD_AVX512) || defined(FS_SIMD_AVX2)
+#if defined(FS_SIMD_AVX512)
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+  const __m256 half = x.v;
+#endif
+  __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  sums = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
+  return _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)));
+#else
   float lanes[kLanes];
   store(lanes, x);
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+#endif
 }
 inline float reduce_max(vf x) {
   float lanes[kLanes];

@@ -36,16 +36,17 @@ class VectorSpans {
  public:
   static constexpr int kBlockRows = 48;
 
-  explicit VectorSpans(const PackedRows& rows)
-      : rows_(rows), op_(rows.op), shape_(rows.shape), cache_(rows.op.kv_cache) {}
+  VectorSpans(const Attention& op, const AttentionShape& shape)
+      : op_(op), shape_(shape), cache_(op.kv_cache) {}
 
-  void begin(int64_t first, int64_t count) {
+  void begin(const PackedRows& rows, const PackedRows*, int64_t first, int64_t count) {
+    rows_ = &rows;
     count_ = count;
     const float scale = op_.scale * 1.44269504f;  // 2^(q . k) = exp(op.scale * q . k)
     for (int64_t r = 0; r < count; ++r) {
-      const float* from = rows_.query(first + r);
+      const float* from = rows.query(first + r);
       for (int64_t d = 0; d < shape_.head_dim; ++d) q_[r * shape_.stride + d] = from[d] * scale;
-      const TokenRange visible = rows_.visible(first + r);
+      const TokenRange visible = rows.visible(first + r);
       visible_begin_[r] = visible.begin;
       visible_end_[r] = visible.end;
     }
@@ -130,19 +131,19 @@ class VectorSpans {
     tile.key_line = (sizeof(KV) == 2 ? 2 : 1) * shape_.block_size;
     tile.value_dims = shape_.head_dim;
     tile.head_dim = shape_.head_dim;
-    const int32_t* table = rows_.block_table();
+    const int32_t* table = rows_->block_table();
     const int64_t first_block = begin / shape_.block_size;
     const int64_t last_block = (end - 1) / shape_.block_size;
     int64_t block = at / shape_.block_size;
     int64_t offset = at % shape_.block_size;
     for (int i = 0; i < kTileTokens / 16; ++i) {
       const int64_t known = block < first_block ? first_block : block < last_block ? block : last_block;
-      const KV* keys = cache_.keys(table[known], rows_.kv_head);
+      const KV* keys = cache_.keys(table[known], rows_->kv_head);
       for (int j = 0; j < 16 / kLanes; ++j) {
         tile.keys[i * (16 / kLanes) + j] = keys + key_index<KV>(offset + j * kLanes, 0, shape_.block_size);
       }
       tile.values[i] =
-          cache_.values(table[known], rows_.kv_head) + value_index<KV>(offset, 0, shape_.head_dim);
+          cache_.values(table[known], rows_->kv_head) + value_index<KV>(offset, 0, shape_.head_dim);
       offset += 16;
       if (offset == shape_.block_size) {
         offset = 0;
@@ -152,10 +153,10 @@ class VectorSpans {
     return tile;
   }
 
-  const PackedRows& rows_;
   const Attention& op_;
   const AttentionShape& shape_;
   KvCache<KV> cache_;
+  const PackedRows* rows_ = nullptr;
   int64_t count_ = 0;
   int64_t visible_begin_[kBlockRows];
   int64_t visible_end_[kBlockRows];
@@ -166,13 +167,63 @@ class VectorSpans {
 
 #endif
 
+// All units, head by head: a block that several items share stays in the cache meanwhile. Workers take runs
+// of consecutive units, each an eighth of a worker's share of the work at most, or one unit: a worker that
+// knows what it does next asks for that memory in time.
+class UnitRuns {
+ public:
+  UnitRuns(const Attention& op, const AttentionShape& shape)
+      : items_(op.items.ptr<const AttentionItem>()),
+        num_items_(op.items.shape[0]),
+        num_units_(op.items.shape[0] * shape.num_kv_heads) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_items_; ++i) total += cost(items_[i]);
+    const int64_t max_cost = total * shape.num_kv_heads / (8 * int64_t{pool().num_threads()});
+    int64_t run_cost = 0;
+    for (int64_t unit = 0; unit < num_units_; ++unit) {
+      const int64_t of_unit = cost(items_[unit % num_items_]);
+      if (unit == 0 || (run_cost + of_unit > max_cost && count_ < kMaxRuns)) {
+        begin_[count_++] = static_cast<int32_t>(unit);
+        run_cost = 0;
+      }
+      run_cost += of_unit;
+    }
+  }
+
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t run) const { return begin_[run]; }
+  int64_t end(int64_t run) const { return run + 1 < count_ ? begin_[run + 1] : num_units_; }
+
+ private:
+  // Two neighbours together are more than max_cost, so that up to 128 workers find all the runs they can use.
+  static constexpr int64_t kMaxRuns = 2048;
+
+  static int64_t cost(const AttentionItem& item) {
+    return (int64_t{item.kv_end} - item.kv_begin + 64) * (item.num_rows < 4 ? 4 : item.num_rows);
+  }
+
+  const AttentionItem* items_;
+  int64_t num_items_, num_units_;
+  int64_t count_ = 0;
+  int32_t begin_[kMaxRuns];
+};
+
 template <class Spans>
 void run_items(const Attention& op, const AttentionShape& shape) {
-  // Head by head: a block that several items share stays in the cache meanwhile.
   const int64_t num_items = op.items.shape[0];
   const auto* items = op.items.ptr<const AttentionItem>();
-  parallel_rows(num_items * shape.num_kv_heads, 1, [&](int64_t unit, int64_t, int) {
-    Unit<Spans>({op, shape, items[unit % num_items], unit / num_items}).run();
+  const UnitRuns runs(op, shape);
+  parallel_rows(runs.count(), 1, [&](int64_t run, int64_t, int) {
+    Unit<Spans> unit(op, shape);
+    for (int64_t u = runs.begin(run); u < runs.end(run); ++u) {
+      const PackedRows rows{op, shape, items[u % num_items], u / num_items};
+      if (u + 1 == runs.end(run)) {
+        unit.run(rows, nullptr);
+      } else {
+        const PackedRows following{op, shape, items[(u + 1) % num_items], (u + 1) / num_items};
+        unit.run(rows, &following);
+      }
+    }
   });
 }
 

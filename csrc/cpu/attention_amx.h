@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "cpu/attention_amx_tiles.h"
+#include "cpu/attention_section.h"
 #include "cpu/attention_unit.h"
 
 namespace fs::FS_ISA {
@@ -26,17 +27,32 @@ namespace fs::FS_ISA {
 // most some roundings above 0.
 inline vf weight_of(vf score, vf scale, vf shift) {
   const vf exponent = max(set1(-125.0f), fma(score, scale, shift));
-  // Adding 1.5 * 2^23 leaves the nearest integer in the lowest bits.
-  const vf magic = set1(12582912.0f);
-  const vf shifted = exponent + magic;
-  const vf f = exponent - (shifted - magic);  // [-0.5, 0.5]
-  vf p = set1(9.570101968e-3f);
-  p = fma(p, f, set1(5.591786076e-2f));
-  p = fma(p, f, set1(2.402474483e-1f));
-  p = fma(p, f, set1(6.931218147e-1f));
-  p = fma(p, f, set1(9.999992614e-1f));
-  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), power))};
+#if defined(FS_SIMD_EMULATED)
+  float lanes[kLanes];
+  float powers[kLanes];
+  store(lanes, exponent);
+  for (int i = 0; i < kLanes; ++i) {
+    powers[i] = __builtin_floorf(lanes[i]);
+    lanes[i] -= powers[i];
+  }
+  const vf f = load(lanes);
+#else
+  const vf f{_mm512_reduce_ps(exponent.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // [0, 1]
+#endif
+  vf p = set1(1.353416792e-2f);
+  p = fma(p, f, set1(5.201146061e-2f));
+  p = fma(p, f, set1(2.414427569e-1f));
+  p = fma(p, f, set1(6.930038345e-1f));
+  p = fma(p, f, set1(1.000002593f));
+#if defined(FS_SIMD_EMULATED)
+  store(lanes, p);
+  for (int i = 0; i < kLanes; ++i) {
+    if (lanes[i] == lanes[i]) lanes[i] = __builtin_ldexpf(lanes[i], static_cast<int>(powers[i]));
+  }
+  return load(lanes);
+#else
+  return {_mm512_scalef_ps(p.v, exponent.v)};
+#endif
 }
 
 // The bits of 32 floats rounded to bfloat16, `lower` first.
@@ -60,43 +76,59 @@ class AmxSpans {
   // The head sizes that tiles take.
   static bool takes(int64_t head_dim) { return head_dim % kAmxDepth == 0; }
 
-  explicit AmxSpans(const PackedRows& rows) : rows_(rows), cache_(rows.op.kv_cache) {
-    dim_ = rows.shape.head_dim;
-    size_ = rows.shape.block_size;
-    const float scale = rows.op.scale * 1.44269504f;  // 2^(q . k * scale) = exp(op.scale * q . k)
+  AmxSpans(const Attention& op, const AttentionShape& shape) : cache_(op.kv_cache) {
+    dim_ = shape.head_dim;
+    size_ = shape.block_size;
+    const float scale = op.scale * 1.44269504f;  // 2^(q . k * scale) = exp(op.scale * q . k)
     is_negative_ = scale < 0;
     scale_ = is_negative_ ? -scale : scale;
   }
 
-  void begin(int64_t first, int64_t count) {
+  void begin(const PackedRows& rows, const PackedRows* following, int64_t first, int64_t count) {
+    rows_ = &rows;
+    following_ = following;
     count_ = count;
+    fetches_ = first == 0;  // the rows after the first ones find keys and values in the cache
+    for (int64_t r = 0; r < count; ++r) visible_[r] = rows.visible(first + r);
     tiles_.configure(count);
+    const uint16_t sign = is_negative_ ? 0x8000 : 0;
     for (int64_t r = 0; r < count; ++r) {
-      const float* from = rows_.query(first + r);
-      bf16* q = q_ + r * dim_;
-      for (int64_t d = 0; d < dim_; ++d) q[d] = to_bf16(is_negative_ ? -from[d] : from[d]);
-      visible_[r] = rows_.visible(first + r);
+      const float* from = rows.query(first + r);
+      for (int64_t d = 0; d < dim_; d += 2 * kLanes) {
+        const __m512i q = round_to_bf16(load(from + d), load(from + d + kLanes));
+        _mm512_storeu_si512(q_ + r * dim_ + d,
+                            _mm512_xor_si512(q, _mm512_set1_epi16(static_cast<short>(sign))));
+      }
     }
   }
 
   void attend_span(int64_t span_begin, const Partials& partials) {
-    const int64_t span_end = span_begin + rows_.op.span;
-    for (int64_t r = 0; r < count_; r += kAmxGroupRows) {
-      const int64_t n = count_ - r < kAmxGroupRows ? count_ - r : kAmxGroupRows;
-      bool is_empty = true;
-      for (int64_t at = span_begin; at < span_end; at += kSection) {
-        const TokenRange section{at, at + kSection < span_end ? at + kSection : span_end};
-        const TokenRange all = seen(r, n, section);
-        if (all.begin >= all.end) continue;
-        Partials to = partials;
-        if (!is_empty) to = section_.partials(partials.stride);
-        attend_section(r, n, section, to);
-        if (!is_empty) {
-          for (int64_t i = r; i < r + n; ++i) fold(partials.row(i), to.row(i), dim_);
-        }
-        is_empty = false;
+    const TokenRange all = overlap(seen_by_some(0, count_), {span_begin, span_begin + rows_->op.span});
+    bool is_empty[kBlockRows / kAmxGroupRows] = {true, true};
+    for (int64_t at = span_begin; at < all.end && all.begin < all.end;) {
+      const KvSection section(*rows_, cache_, all, at);
+      at = section.tokens.end;
+      KvSection next;
+      if (fetches_) {
+        if (section.keys[2 * section.first_step] != fetched_) KeyFetch(section, dim_, size_).rest();
+        next = following_section(at);
+        fetched_ = next.is_empty() ? nullptr : next.keys[2 * next.first_step];
       }
-      if (!is_empty) continue;
+      for (int64_t r = 0; r < count_; r += kAmxGroupRows) {
+        const int64_t n = count_ - r < kAmxGroupRows ? count_ - r : kAmxGroupRows;
+        const TokenRange seen = overlap(seen_by_some(r, n), section.tokens);
+        if (seen.begin >= seen.end) continue;
+        bool& is_first = is_empty[r / kAmxGroupRows];
+        Partials to = partials;
+        if (!is_first) to = section_.partials(partials.stride);
+        attend_section(r, n, section, next, to);
+        if (!is_first) fold_rows(n, [&](int64_t i) { return partials.row(r + i); }, to.from(r), dim_);
+        is_first = false;
+      }
+    }
+    for (int64_t r = 0; r < count_; r += kAmxGroupRows) {
+      if (!is_empty[r / kAmxGroupRows]) continue;
+      const int64_t n = count_ - r < kAmxGroupRows ? count_ - r : kAmxGroupRows;
       std::memset(partials.row(r).out, 0, static_cast<size_t>(n * partials.stride) * sizeof(float));
       for (int64_t i = r; i < r + n; ++i) {
         partials.max[i] = -__builtin_inff();
@@ -106,90 +138,107 @@ class AmxSpans {
   }
 
  private:
-  static constexpr int kSection = 256;
+  static constexpr int64_t kSection = KvSection::kTokens;
   // Lines of odd numbers of cache lines, so that rows do not share sets of the cache.
   static constexpr int64_t kScoreStride = kSection + 16;
   static constexpr int64_t kWeightStride = kSection + 32;
 
-  // What one of these rows sees of a section, and what all see.
-  TokenRange seen(int64_t r, int64_t n, TokenRange section) const {
-    return overlap({visible_[r].begin, visible_[r + n - 1].end}, section);
-  }
-  TokenRange seen_by_all(int64_t r, int64_t n, TokenRange section) const {
-    return overlap({visible_[r + n - 1].begin, visible_[r].end}, section);
+  TokenRange seen_by_some(int64_t r, int64_t n) const { return {visible_[r].begin, visible_[r + n - 1].end}; }
+  TokenRange seen_by_all(int64_t r, int64_t n) const { return {visible_[r + n - 1].begin, visible_[r].end}; }
+
+  int64_t key_line() const { return 2 * size_; }
+
+  // What this worker reads next: of the same rows from token `at` on, or else of the unit that follows.
+  KvSection following_section(int64_t at) const {
+    const TokenRange all = seen_by_some(0, count_);
+    if (at < all.end) return {*rows_, cache_, all, at};
+    if (following_ == nullptr) return {};
+    const int64_t n = following_->count() < kBlockRows ? following_->count() : kBlockRows;
+    const TokenRange theirs{following_->visible(0).begin, following_->visible(n - 1).end};
+    if (theirs.begin >= theirs.end) return {};
+    return {*following_, cache_, theirs, following_->item.kv_begin / rows_->op.span * rows_->op.span};
   }
 
-  const bf16* keys_of(int64_t token) const {
-    const int32_t block = rows_.block_table()[token / size_];
-    return cache_.keys(block, rows_.kv_head) + key_index<bf16>(token % size_, 0, size_);
-  }
   const bf16* values_of(int64_t token) const {
-    const int32_t block = rows_.block_table()[token / size_];
-    return cache_.values(block, rows_.kv_head) + value_index<bf16>(token % size_, 0, dim_);
+    const int32_t block = rows_->block_table()[token / size_];
+    return cache_.values(block, rows_->kv_head) + value_index<bf16>(token % size_, 0, dim_);
   }
 
   // The partials of rows [r, r + n) of the block, n <= kAmxGroupRows, over what they see of a section.
-  void attend_section(int64_t r, int64_t n, TokenRange section, const Partials& to) {
-    const TokenRange all = seen(r, n, section);
-    if (!is_finite_where_hidden(r, n, section)) {
+  // Meanwhile asks for its values and for the keys of the next.
+  void attend_section(int64_t r, int64_t n, const KvSection& section, const KvSection& next,
+                      const Partials& to) {
+    const TokenRange seen = overlap(seen_by_some(r, n), section.tokens);
+    if (!is_finite_where_hidden(seen, overlap(seen_by_all(r, n), section.tokens))) {
       // A weight of zero would not keep the value out of a row that may not see it: row by row.
-      for (int64_t i = r; i < r + n; ++i) attend_section(i, 1, section, to);
+      for (int64_t i = r; i < r + n; ++i) {
+        const TokenRange of_row = overlap(visible_[i], section.tokens);
+        if (of_row.begin < of_row.end) {
+          attend_section(i, 1, section, {}, to);
+        } else {
+          std::memset(to.row(i).out, 0, static_cast<size_t>(dim_) * sizeof(float));
+          to.max[i] = -__builtin_inff();
+          to.sum[i] = 0.0f;
+        }
+      }
       return;
     }
-    const int64_t at = section.begin;
-    const auto first = static_cast<int>((all.begin - at) / kAmxDepth);
-    const auto last = static_cast<int>((all.end - 1 - at) / kAmxDepth);
-    for (int step = first; step <= last; ++step) {
-      if (r == 0) prefetch(at + step * kAmxDepth, all);
-      score(r, n, at, step, all);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      weigh(i, overlap(visible_[r + i], section), at, first, last, to.max + r + i, to.sum + r + i);
-    }
-    find_values(at, first, last, all);
-    for (int64_t d = 0; d < dim_; d += 2 * kAmxColumns) {
-      tiles_.multiply(to.out + r * to.stride + d, to.stride, weights_ + first * kAmxDepth, kWeightStride, n,
-                      last - first + 1, 2 * dim_, [&](int64_t step, int half) __attribute__((always_inline)) {
-                        return values_[first + step] + 2 * (d + half * kAmxColumns);
+    const int64_t at = section.tokens.begin;
+    const auto first = static_cast<int>((seen.begin - at) / kAmxDepth);
+    const auto end = static_cast<int>((seen.end - 1 - at) / kAmxDepth + 1);
+    // While scores are made and weighed, values are asked for; then, with values, the keys of the next
+    // section.
+    const KvSection none{};
+    const bool fetches = fetches_ && r == 0;
+    ValueFetch values(fetches ? section : none, dim_, size_);
+    for (int step = first; step < end; ++step) {
+      tiles_.multiply(scores_ + step * kAmxDepth, kScoreStride, q_ + r * dim_, dim_, n, dim_ / kAmxDepth,
+                      key_line(), [&](int64_t depth, int half) __attribute__((always_inline)) {
+                        values.next(2);
+                        return section.keys[2 * step + half] + depth * (kAmxDepth / 2) * key_line();
                       });
     }
+    for (int64_t i = 0; i < n; ++i) {
+      weigh(i, overlap(visible_[r + i], section.tokens), at, first, end, &values, to.max + r + i,
+            to.sum + r + i);
+    }
+    values.rest();
+    find_values(section, first, end, seen);
+    multiply_values(n, first, end, fetches ? next : none, to.out + r * to.stride, to.stride);
   }
 
-  // Asks for the values of a step whose scores are next, and for the keys of the step after it.
-  void prefetch(int64_t token, TokenRange all) const {
-    const int64_t seen_end = visible_[count_ - 1].end;
-    for (int64_t t = token; t < token + kAmxDepth; t += 16) {
-      if (t + 16 > all.begin && t < all.end) {
-        const auto* values = reinterpret_cast<const char*>(values_of(t));
-        for (int64_t line = 0; line < dim_ / 2; ++line) __builtin_prefetch(values + 64 * line, 0, 2);
-      }
-      const int64_t next = t + kAmxDepth;
-      if (next < seen_end && next >= all.begin) {
-        const bf16* keys = keys_of(next);
-        for (int64_t line = 0; line < dim_ / 2; ++line) __builtin_prefetch(keys + line * 2 * size_, 0, 2);
+  void multiply_values(int64_t n, int first, int end, const KvSection& next, float* out, int64_t stride) {
+    const int64_t steps = end - first;
+    KeyFetch keys(next, dim_, size_);
+    const int64_t tiles = steps * dim_ / kAmxColumns;
+    const int64_t lots = (keys.count() + tiles - 1) / tiles;
+    const auto tile = [&](int64_t step, int64_t column) __attribute__((always_inline)) {
+      keys.next(lots);
+      return values_[first + step] + 2 * column;
+    };
+    const bf16* weights = weights_ + first * kAmxDepth;
+    for (int64_t d = 0; d < dim_;) {
+      if (n <= kAmxRows && d + 4 * kAmxColumns <= dim_) {
+        tiles_.multiply<4>(out + d, stride, weights, kWeightStride, n, steps, 2 * dim_,
+                           [&](int64_t step, int of)
+                               __attribute__((always_inline)) { return tile(step, d + of * kAmxColumns); });
+        d += 4 * kAmxColumns;
+      } else {
+        tiles_.multiply(out + d, stride, weights, kWeightStride, n, steps, 2 * dim_,
+                        [&](int64_t step, int of)
+                            __attribute__((always_inline)) { return tile(step, d + of * kAmxColumns); });
+        d += 2 * kAmxColumns;
       }
     }
   }
 
-  // Scores of the 32 keys of one step. The address of keys that nobody sees is that of others.
-  void score(int64_t r, int64_t n, int64_t at, int step, TokenRange all) {
-    const int64_t token = at + step * kAmxDepth;
-    const int64_t middle = token + kAmxColumns;
-    const bf16* lower = keys_of(token + kAmxColumns > all.begin ? token : middle);
-    const bf16* upper = keys_of(middle < all.end ? middle : token);
-    const int64_t line = 2 * size_;
-    tiles_.multiply(scores_ + step * kAmxDepth, kScoreStride, q_ + r * dim_, dim_, n, dim_ / kAmxDepth, line,
-                    [&](int64_t depth, int half) __attribute__((always_inline)) {
-                      return (half == 0 ? lower : upper) + depth * (kAmxDepth / 2) * line;
-                    });
-  }
-
-  // The weights of row i of the group: steps [first, last] of the section that begins at `at`.
-  void weigh(int64_t i, TokenRange visible, int64_t at, int first, int last, float* max_score, float* sum) {
+  // The weights of row i of the group: steps [first, end) of the section that begins at `at`.
+  void weigh(int64_t i, TokenRange visible, int64_t at, int first, int end, ValueFetch* values,
+             float* max_score, float* sum) {
     const float* scores = scores_ + i * kScoreStride;
     bf16* weights = weights_ + i * kWeightStride;
     if (visible.begin >= visible.end) {
-      for (int step = first; step <= last; ++step) {
+      for (int step = first; step < end; ++step) {
         _mm512_storeu_si512(weights + step * kAmxDepth, _mm512_setzero_si512());
       }
       *max_score = -__builtin_inff();
@@ -200,7 +249,7 @@ class AmxSpans {
     const auto to = static_cast<int>(visible.end - at);
     vf highest = set1(-__builtin_inff());
     vf highest_upper = highest;
-    for (int step = first; step <= last; ++step) {
+    for (int step = first; step < end; ++step) {
       const uint32_t mask = visible_keys(from - step * kAmxDepth, to - step * kAmxDepth);
       const vf lower = load(scores + step * kAmxDepth);
       const vf upper = load(scores + step * kAmxDepth + kLanes);
@@ -219,7 +268,8 @@ class AmxSpans {
     const vf shift = set1(-top);
     vf even = zero();
     vf odd = zero();
-    for (int step = first; step <= last; ++step) {
+    for (int step = first; step < end; ++step) {
+      values->next(3);
       const uint32_t mask = visible_keys(from - step * kAmxDepth, to - step * kAmxDepth);
       vf lower = weight_of(load(scores + step * kAmxDepth), scale, shift);
       vf upper = weight_of(load(scores + step * kAmxDepth + kLanes), scale, shift);
@@ -247,25 +297,26 @@ class AmxSpans {
 
   // The values of each step: where they lie if one block holds them all and all are seen by somebody, else
   // copied together, zero where nobody sees them.
-  void find_values(int64_t at, int first, int last, TokenRange all) {
-    for (int step = first; step <= last; ++step) {
-      const int64_t token = at + step * kAmxDepth;
-      if (size_ % kAmxDepth == 0 && token >= all.begin && token + kAmxDepth <= all.end) {
-        values_[step] = values_of(token);
+  void find_values(const KvSection& section, int first, int end, TokenRange seen) {
+    for (int step = first; step < end; ++step) {
+      const int64_t token = section.tokens.begin + step * kAmxDepth;
+      const bf16* const* halves = section.values + 2 * step;
+      if (token >= seen.begin && token + kAmxDepth <= seen.end && halves[1] == halves[0] + 16 * dim_) {
+        values_[step] = halves[0];
         continue;
       }
       bf16* copy = copied_ + step * kAmxDepth * dim_;
       values_[step] = copy;
-      for (int64_t t = token; t < token + kAmxDepth; t += 2, copy += 2 * dim_) {
-        const bool is_first_seen = t >= all.begin && t < all.end;
-        const bool is_second_seen = t + 1 >= all.begin && t + 1 < all.end;
+      for (int64_t i = 0; i < kAmxDepth; i += 2, copy += 2 * dim_) {
+        const bool is_first_seen = token + i >= seen.begin && token + i < seen.end;
+        const bool is_second_seen = token + i + 1 >= seen.begin && token + i + 1 < seen.end;
         if (!is_first_seen && !is_second_seen) {
           std::memset(copy, 0, static_cast<size_t>(2 * dim_) * sizeof(bf16));
           continue;
         }
         const uint32_t kept = (is_first_seen ? 0xffffu : 0u) | (is_second_seen ? 0xffff0000u : 0u);
         const __m512i mask = _mm512_set1_epi32(static_cast<int>(kept));
-        const bf16* values = values_of(t);
+        const bf16* values = halves[i / 16] + i % 16 * dim_;
         for (int64_t d = 0; d < 2 * dim_; d += 32) {
           _mm512_storeu_si512(copy + d, _mm512_and_si512(_mm512_loadu_si512(values + d), mask));
         }
@@ -274,12 +325,10 @@ class AmxSpans {
   }
 
   // Whether the values that only some of the rows see are numbers.
-  bool is_finite_where_hidden(int64_t r, int64_t n, TokenRange section) const {
-    const TokenRange all = seen(r, n, section);
-    const TokenRange common = seen_by_all(r, n, section);
-    for (int64_t t = all.begin; t < all.end; ++t) {
+  bool is_finite_where_hidden(TokenRange seen, TokenRange common) const {
+    for (int64_t t = seen.begin; t < seen.end; ++t) {
       if (t == common.begin && common.begin < common.end) t = common.end;
-      if (t == all.end) break;
+      if (t == seen.end) break;
       const bf16* value = values_of(t);
       bool is_finite = true;
       for (int64_t d = 0; d < dim_; ++d) is_finite &= (value[2 * d] & 0x7f80u) != 0x7f80u;
@@ -288,13 +337,16 @@ class AmxSpans {
     return true;
   }
 
-  const PackedRows& rows_;
   KvCache<bf16> cache_;
   AttentionTiles tiles_;
   int64_t dim_, size_;
   float scale_;
   bool is_negative_;
+  const PackedRows* rows_ = nullptr;
+  const PackedRows* following_ = nullptr;
   int64_t count_ = 0;
+  bool fetches_ = false;
+  const bf16* fetched_ = nullptr;  // the first keys of the section that was asked for last
   TokenRange visible_[kBlockRows];
   const bf16* values_[kSection / kAmxDepth];
   PartialsMemory<kBlockRows> section_;

@@ -46,20 +46,39 @@ class AttentionTiles {
     _tile_loadconfig(&shape);
   }
 
-  // out[row][column] of 32 columns = the sum over `steps` of left[row][32 * step + k] * right(step, half),
-  // tiles of 16 lines (pairs of k) x 16 columns x 2, right_line elements apart. Rows up to a multiple of 16
-  // (below 16: as configured) are read and written.
-  template <class Right>
+  // out[row][column] of 32 columns (64, if kColumnTiles is 4) = the sum over `steps` of left[row][32 * step +
+  // k]
+  // * right(step, column tile), tiles of 16 lines (pairs of k) x 16 columns x 2, right_line elements apart.
+  // right() is called once for each tile, in ascending order. Rows up to a multiple of 16 (below 16: as
+  // configured) are read and written.
+  template <int kColumnTiles = 2, class Right>
   void multiply(float* out, int64_t out_stride, const bf16* left, int64_t left_stride, int64_t num_rows,
                 int64_t steps, int64_t right_line, const Right& right) const {
+    static_assert(kColumnTiles == 2 || kColumnTiles == 4);
     asm volatile("" ::: "memory");
     const int64_t out_line = out_stride * int64_t{sizeof(float)};
     const int64_t left_line = left_stride * int64_t{sizeof(bf16)};
     right_line *= int64_t{sizeof(bf16)};
-    if (num_rows > kAmxRows) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kColumnTiles == 4) {
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t step = 0; step < steps; ++step) {
+        _tile_loadd(4, left + step * kAmxDepth, left_line);
+        _tile_loadd(6, right(step, 0), right_line);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right(step, 1), right_line);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, right(step, 2), right_line);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, right(step, 3), right_line);
+        _tile_dpbf16ps(3, 4, 7);
+      }
+      _tile_stored(2, out + 2 * kAmxColumns, out_line);
+      _tile_stored(3, out + 3 * kAmxColumns, out_line);
+    } else if (num_rows > kAmxRows) {
       const bf16* lower = left + kAmxRows * left_stride;
-      _tile_zero(0);
-      _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t step = 0; step < steps; ++step) {
@@ -72,13 +91,9 @@ class AttentionTiles {
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, out, out_line);
-      _tile_stored(1, out + kAmxColumns, out_line);
       _tile_stored(2, out + kAmxRows * out_stride, out_line);
       _tile_stored(3, out + kAmxRows * out_stride + kAmxColumns, out_line);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
       for (int64_t step = 0; step < steps; ++step) {
         _tile_loadd(6, right(step, 0), right_line);
         _tile_loadd(4, left + step * kAmxDepth, left_line);
@@ -86,9 +101,9 @@ class AttentionTiles {
         _tile_loadd(7, right(step, 1), right_line);
         _tile_dpbf16ps(1, 4, 7);
       }
-      _tile_stored(0, out, out_line);
-      _tile_stored(1, out + kAmxColumns, out_line);
     }
+    _tile_stored(0, out, out_line);
+    _tile_stored(1, out + kAmxColumns, out_line);
     asm volatile("" ::: "memory");
   }
 
@@ -106,31 +121,32 @@ class AttentionTiles {
 
   void configure(int64_t max_rows) { configured_ = max_rows < kAmxRows ? max_rows : kAmxRows; }
 
-  template <class Right>
+  template <int kColumnTiles = 2, class Right>
   void multiply(float* out, int64_t out_stride, const bf16* left, int64_t left_stride, int64_t num_rows,
                 int64_t steps, int64_t right_line, const Right& right) const {
     __builtin_ia32_ldmxcsr(control_ | 0x8040u);  // subnormals are zero, in operands and results
+    constexpr int kColumns = kColumnTiles * kAmxColumns;
     const int64_t rows = num_rows > kAmxRows ? kAmxGroupRows : configured_;
     for (int64_t r = 0; r < rows; ++r) {
-      float sums[2 * kAmxColumns] = {};
+      float sums[kColumns] = {};
       for (int64_t step = 0; step < steps; ++step) {
-        float even[2 * kAmxColumns] = {};
-        float odd[2 * kAmxColumns] = {};
+        float even[kColumns] = {};
+        float odd[kColumns] = {};
         for (int64_t pair = 0; pair < kAmxDepth / 2; ++pair) {
           const bf16* x = left + r * left_stride + step * kAmxDepth + 2 * pair;
           const float x_even = to_float(x[0]);
           const float x_odd = to_float(x[1]);
-          for (int half = 0; half < 2; ++half) {
-            const bf16* line = right(step, half) + pair * right_line;
+          for (int tile = 0; tile < kColumnTiles; ++tile) {
+            const bf16* line = right(step, tile) + pair * right_line;
             for (int n = 0; n < kAmxColumns; ++n) {
-              float& of_even = even[half * kAmxColumns + n];
-              float& of_odd = odd[half * kAmxColumns + n];
+              float& of_even = even[tile * kAmxColumns + n];
+              float& of_odd = odd[tile * kAmxColumns + n];
               of_even = __builtin_fmaf(x_even, to_float(line[2 * n]), of_even);
               of_odd = __builtin_fmaf(x_odd, to_float(line[2 * n + 1]), of_odd);
             }
           }
         }
-        for (int n = 0; n < 2 * kAmxColumns; ++n) sums[n] += even[n] + odd[n];
+        for (int n = 0; n < kColumns; ++n) sums[n] += even[n] + odd[n];
       }
       std::memcpy(out + r * out_stride, sums, sizeof(sums));
     }

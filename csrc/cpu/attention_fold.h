@@ -17,29 +17,63 @@ struct Partial {
   float* sum;
 };
 
-// a = a + b, where b's tokens come after a's.
-inline void fold(const Partial& a, const Partial& b, int64_t dim) {
-  if (*b.sum == 0.0f) return;
-  if (*a.sum == 0.0f) {
-    std::memcpy(a.out, b.out, static_cast<size_t>(dim) * sizeof(float));
-    *a.max = *b.max;
-    *a.sum = *b.sum;
-    return;
-  }
-  const float highest = *a.max > *b.max ? *a.max : *b.max;
-  float factor_a[kLanes];
-  float factor_b[kLanes];
-  store(factor_a, exp2(set1(*a.max - highest)));
-  store(factor_b, exp2(set1(*b.max - highest)));
-  const vf of_a = set1(factor_a[0]);
-  const vf of_b = set1(factor_b[0]);
+// The partials of consecutive packed rows. A kernel may also write up to 16 rows of `out` beyond the last.
+struct Partials {
+  float* out;
+  int64_t stride;
+  float* max;
+  float* sum;
+
+  Partial row(int64_t r) const { return {out + r * stride, max + r, sum + r}; }
+  Partials from(int64_t r) const { return {out + r * stride, stride, max + r, sum + r}; }
+};
+
+// a = a * of_a + b * of_b, with b's tokens after a's.
+inline void fold(const Partial& a, const Partial& b, float of_a, float of_b, int64_t dim) {
+  const vf factor_a = set1(of_a);
+  const vf factor_b = set1(of_b);
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(a.out + d, fma(load(b.out + d), of_b, load(a.out + d) * of_a));
-  if (const int rest = static_cast<int>(dim - d); rest > 0) {
-    store_first(a.out + d, fma(load_first(b.out + d, rest), of_b, load_first(a.out + d, rest) * of_a), rest);
+  for (; d + kLanes <= dim; d += kLanes) {
+    store(a.out + d, fma(load(b.out + d), factor_b, load(a.out + d) * factor_a));
   }
-  *a.max = highest;
-  *a.sum = *a.sum * factor_a[0] + *b.sum * factor_b[0];
+  if (const int rest = static_cast<int>(dim - d); rest > 0) {
+    store_first(a.out + d, fma(load_first(b.out + d, rest), factor_b, load_first(a.out + d, rest) * factor_a),
+                rest);
+  }
+  *a.sum = *a.sum * of_a + *b.sum * of_b;
+}
+
+// to(r) = to(r) + from.row(r) of n rows, where from's tokens come after to's.
+template <class To>
+void fold_rows(int64_t n, const To& to, const Partials& from, int64_t dim) {
+  for (int64_t r = 0; r < n; r += kLanes) {
+    const int count = static_cast<int>(n - r < kLanes ? n - r : kLanes);
+    float highest[kLanes];
+    float of_a[kLanes] = {};
+    float of_b[kLanes] = {};
+    for (int i = 0; i < count; ++i) {
+      const float max_a = *to(r + i).max;
+      const float max_b = from.max[r + i];
+      highest[i] = max_a > max_b ? max_a : max_b;
+      of_a[i] = max_a - highest[i];
+      of_b[i] = max_b - highest[i];
+    }
+    store(of_a, exp2(load(of_a)));
+    store(of_b, exp2(load(of_b)));
+    for (int i = 0; i < count; ++i) {
+      const Partial a = to(r + i);
+      const Partial b = from.row(r + i);
+      if (*b.sum == 0.0f) continue;
+      if (*a.sum == 0.0f) {
+        std::memcpy(a.out, b.out, static_cast<size_t>(dim) * sizeof(float));
+        *a.max = *b.max;
+        *a.sum = *b.sum;
+        continue;
+      }
+      fold(a, b, of_a[i], of_b[i], dim);
+      *a.max = highest[i];
+    }
+  }
 }
 
 inline void write_output(float* out, const Partial& from, int64_t dim) {

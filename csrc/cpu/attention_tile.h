@@ -47,19 +47,19 @@ struct Tile {
 // Asks for the memory that score_pass and weigh_pass will read. Their passes go over a tile in strides that
 // the hardware does not foresee; so a pass over one tile fetches the same part of the next.
 template <class KV>
-void prefetch_keys(const Tile<KV>& tile, int first, int vectors) {
+__attribute__((always_inline)) inline void prefetch_keys(const Tile<KV>& tile, int first, int vectors) {
   constexpr int kVectorsPerLine = 64 / (4 * kLanes);
   const int64_t lines = std::is_same_v<KV, float> ? tile.head_dim : tile.head_dim / 2;
   for (int v = first; v < first + vectors && v * kLanes < tile.end; v += kVectorsPerLine) {
-    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(tile.keys[v] + i * tile.key_line, 0, 2);
+    for (int64_t i = 0; i < lines; ++i) prefetch(tile.keys[v] + i * tile.key_line);
   }
 }
 template <class KV>
-void prefetch_values(const Tile<KV>& tile, int64_t dim, int vectors) {
+__attribute__((always_inline)) inline void prefetch_values(const Tile<KV>& tile, int64_t dim, int vectors) {
   constexpr int kStep = std::is_same_v<KV, float> ? 1 : 2;
   for (int token = 0; token < tile.end; token += kStep) {
     const KV* values = tile.values[token / 16] + value_index<KV>(token % 16, dim, tile.value_dims);
-    for (int at = 0; at < vectors * kLanes; at += 16) __builtin_prefetch(values + kStep * at, 0, 2);
+    for (int at = 0; at < vectors * kLanes; at += 16) prefetch(values + kStep * at);
   }
 }
 

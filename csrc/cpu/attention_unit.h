@@ -4,8 +4,11 @@
 // what a span yields is written, folded or stored as the plan says. Spans themselves are computed by `Spans`:
 //
 //   static constexpr int kBlockRows                         rows that walk the KV tokens together
-//   Spans(const PackedRows&)
-//   void begin(int64_t first, int64_t count)                the next rows are [first, first + count)
+//   Spans(const Attention&, const AttentionShape&)
+//   void begin(const PackedRows& rows, const PackedRows* following, int64_t first, int64_t count)
+//                                                           the next rows are [first, first + count) of
+//                                                           `rows`; the worker's next unit, if known, is
+//                                                           `following`
 //   void attend_span(int64_t span_begin, const Partials& to)  their partials over one span, from nothing
 #pragma once
 
@@ -55,16 +58,6 @@ struct PackedRows {
   }
 };
 
-// The partials of consecutive packed rows. A kernel may also write up to 16 rows of `out` beyond the last.
-struct Partials {
-  float* out;
-  int64_t stride;
-  float* max;
-  float* sum;
-
-  Partial row(int64_t r) const { return {out + r * stride, max + r, sum + r}; }
-};
-
 template <int kRows>
 struct PartialsMemory {
   alignas(64) float out[(kRows + 16) * kMaxHeadDim];
@@ -77,68 +70,69 @@ struct PartialsMemory {
 template <class Spans>
 class Unit {
  public:
-  explicit Unit(const PackedRows& rows) : rows_(rows), spans_(rows_) {}
+  Unit(const Attention& op, const AttentionShape& shape) : shape_(shape), spans_(op, shape) {}
 
-  void run() {
-    const int64_t num_packed = rows_.count();
+  // `following` may be nullptr.
+  void run(const PackedRows& rows, const PackedRows* following) {
+    const int64_t num_packed = rows.count();
     constexpr int64_t kStep = Spans::kBlockRows;
     // Many rows over the same tokens, such as those of a shared prefix, go span by span: its K and V come
     // from memory once and stay in L2 for all of them.
-    const AttentionItem& item = rows_.item;
-    const int64_t span = rows_.op.span;
+    const AttentionItem& item = rows.item;
+    const int64_t span = rows.op.span;
     const int64_t first_span = item.kv_begin / span;
     const int64_t end_span = (item.kv_end + span - 1) / span;
     const int64_t spans = num_packed > kStep && item.num_parts > 0 ? 1 : end_span - first_span;
     for (int64_t s = first_span; s < end_span; s += spans) {
       for (int64_t row = 0; row < num_packed; row += kStep) {
-        run_rows(row, num_packed - row < kStep ? num_packed - row : kStep, s, s + spans);
+        run_rows(rows, following, row, num_packed - row < kStep ? num_packed - row : kStep, s, s + spans);
       }
     }
   }
 
  private:
   // Rows [first, first + count) over the spans [first_span, end_span) of the item.
-  void run_rows(int64_t first, int64_t count, int64_t first_span, int64_t end_span) {
-    spans_.begin(first, count);
-    const AttentionItem& item = rows_.item;
-    const int64_t dim = rows_.shape.head_dim;
-    const int64_t span = rows_.op.span;
+  void run_rows(const PackedRows& rows, const PackedRows* following, int64_t first, int64_t count,
+                int64_t first_span, int64_t end_span) {
+    spans_.begin(rows, following, first, count);
+    const AttentionItem& item = rows.item;
+    const int64_t dim = shape_.head_dim;
+    const int64_t span = rows.op.span;
     const int64_t item_span = item.kv_begin / span;
-    const Partials buffers[2] = {memory_[0].partials(rows_.shape.stride),
-                                 memory_[1].partials(rows_.shape.stride)};
+    const Partials buffers[2] = {memory_[0].partials(shape_.stride), memory_[1].partials(shape_.stride)};
     const Partials* folded = nullptr;
     const Partials* current = &buffers[0];
     for (int64_t s = first_span; s < end_span; ++s) {
       spans_.attend_span(s * span, *current);
       if (item.num_parts > 1) {
-        store_partials(first, count, s - item_span, *current);
+        store_partials(rows, first, count, s - item_span, *current);
       } else if (folded == nullptr) {
         folded = current;
         current = &buffers[1];
       } else {
-        for (int64_t r = 0; r < count; ++r) fold(folded->row(r), current->row(r), dim);
+        fold_rows(count, [&](int64_t r) { return folded->row(r); }, *current, dim);
       }
     }
     if (item.num_parts > 1) return;
     if (item.num_parts == 1) {
-      if (first_span == item_span) return store_partials(first, count, 0, *folded);
-      for (int64_t r = 0; r < count; ++r) fold(rows_.stored(first + r, 0), folded->row(r), dim);
-      return;
+      if (first_span == item_span) return store_partials(rows, first, count, 0, *folded);
+      return fold_rows(count, [&](int64_t r) { return rows.stored(first + r, 0); }, *folded, dim);
     }
-    for (int64_t r = 0; r < count; ++r) write_output(rows_.out(first + r), folded->row(r), dim);
+    for (int64_t r = 0; r < count; ++r) write_output(rows.out(first + r), folded->row(r), dim);
   }
 
-  void store_partials(int64_t first, int64_t count, int64_t part, const Partials& partials) const {
+  void store_partials(const PackedRows& rows, int64_t first, int64_t count, int64_t part,
+                      const Partials& partials) const {
     for (int64_t r = 0; r < count; ++r) {
-      const Partial to = rows_.stored(first + r, part);
+      const Partial to = rows.stored(first + r, part);
       std::memcpy(to.out, partials.out + r * partials.stride,
-                  static_cast<size_t>(rows_.shape.head_dim) * sizeof(float));
+                  static_cast<size_t>(shape_.head_dim) * sizeof(float));
       *to.max = partials.max[r];
       *to.sum = partials.sum[r];
     }
   }
 
-  PackedRows rows_;
+  const AttentionShape& shape_;
   Spans spans_;
   PartialsMemory<Spans::kBlockRows> memory_[2];
 };
@@ -157,7 +151,7 @@ inline void merge_rows(const Attention& op, const AttentionShape& shape, const A
       std::memset(buffer, 0, sizeof(buffer));
       for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
         float* part = op.workspace.ptr<float>() + (parts[p] + row) * shape.slot_size + head * (dim + 2);
-        fold(folded, {part, part + dim, part + dim + 1}, dim);
+        fold_rows(1, [&](int64_t) { return folded; }, {part, dim, part + dim, part + dim + 1}, dim);
       }
       write_output(op.out.ptr<float>() + (merge.row_begin + row) * op.out.stride[0] + head * dim, folded,
                    dim);
