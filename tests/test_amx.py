@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear on AMX's tile registers: the bits that Intel documents, from the processor and from the emulation alike, and
+"""On AMX's tile registers: the bits that Intel documents, from the processor and from the emulation alike, and
 from vector registers where there are few tokens."""
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastserve import _native
+from op_cases.attention import Shape, arguments_for
 from op_cases.linear_quantized import FORMS, pack, random_weight
+from op_checks import run_guarded
 
 AMX = [isa for isa in _native.isas() if isa.startswith("amx")]
 
@@ -108,3 +110,28 @@ def test_few_tokens_get_the_bits_of_tiles(isa: str, form: str, group_size: int) 
         numbers = ~torch.isnan(on_tiles)
         assert torch.equal(torch.isnan(alone), ~numbers)
         assert torch.equal(alone.view(torch.int32)[numbers], on_tiles.view(torch.int32)[numbers])
+
+
+@pytest.mark.skipif(len(AMX) < 2, reason="not both of AMX and its emulation are in this build and machine")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(heads=9, kv_heads=3, span=256, dtype=torch.bfloat16),
+        Shape(heads=2, kv_heads=2, dim=96, block_size=16, span=64, window=100, dtype=torch.bfloat16),
+        Shape(heads=4, kv_heads=1, dim=32, block_size=48, span=384, dtype=torch.bfloat16),
+    ],
+    ids=lambda shape: f"D{shape.dim}-S{shape.block_size}-window{shape.window}",
+)
+def test_attention_has_the_bits_of_its_emulation(shape: Shape) -> None:
+    """Chunks and decodes, with weights down to the smallest and a query that is no number."""
+    arguments = arguments_for(torch.Generator().manual_seed(1), [1, 50, 1, 20], [300, 410, 33, 20], shape)
+    arguments["q"] = arguments["q"].clone()
+    arguments["q"][30] *= 100
+    arguments["q"][60, 0, 3] = float("nan")
+    outs = []
+    for isa in AMX:
+        _native.set_isa(isa)
+        outs.append(run_guarded("attention", arguments)["out"])
+    assert outs[0].isfinite().any()
+    same = outs[0].view(torch.int32) == outs[1].view(torch.int32)
+    assert (same | (outs[0].isnan() & outs[1].isnan())).all()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
@@ -193,3 +194,33 @@ def test_relative_error_of_a_row(dtype: torch.dtype, bound: float, isa: str) -> 
     exact = reference(queries, lengths, arguments)["out"].value
     error = (run_guarded("attention", arguments)["out"].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert error.max() < bound
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cache_of_more_than_2_31_elements(dtype: torch.dtype, isa: str) -> None:
+    """Tokens whose blocks lie beyond 2^31 elements have the bits of tokens in the first blocks. No memory but that of
+    the blocks in use is touched."""
+    _native.set_isa(isa)
+    heads, kv_heads, size, dim, length = 4, 2, 16, 32, 40
+    shape = Shape(heads, kv_heads, dim, size, span=64, dtype=dtype)
+    num_blocks = 2**31 // (2 * kv_heads * size * dim) + 8
+    num_bytes = num_blocks * 2 * kv_heads * size * dim * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, num_bytes, flags=flags)
+    huge = torch.frombuffer(memory, dtype=dtype).view(num_blocks, 2, kv_heads, size, dim)
+    generator = torch.Generator().manual_seed(SEED)
+    q, k, v = (torch.randn(length, n, dim, generator=generator) for n in (heads, kv_heads, kv_heads))
+    positions = torch.arange(length, dtype=torch.int32)
+    cos_sin = torch.randn(length, dim, generator=generator)
+    outs = []
+    for cache, blocks in ((huge[:3], [0, 2, 1]), (huge, [num_blocks - 1, num_blocks - 3, num_blocks - 2])):
+        table = torch.tensor([blocks], dtype=torch.int32)
+        slots = table[0].repeat_interleave(size)[:length] * size + positions % size
+        rotated = q.clone()
+        _native.ops.rope_kv_write(rotated, k, v, positions, slots, cos_sin, cache, None, None, 1e-6)
+        arguments = planned([0, length], [length], shape)
+        _native.ops.attention(q=rotated, kv_cache=cache, block_tables=table, **arguments)
+        outs.append(arguments["out"])
+    assert outs[0].isfinite().all()
+    assert (bits(outs[0]) == bits(outs[1])).all()
