@@ -72,9 +72,11 @@ wheel: $(VENV)/.env $(MODEL)/config.json
 
 # --- tests ---
 
+# A worker per core, up to eight, since each has a model of its own in memory.
+TEST_WORKERS ?= $(shell test $(JOBS) -gt 8 && echo 8 || echo $(JOBS))
 unit: native simulated $(MODEL)/config.json $(INT4_MODEL)/config.json
 	@echo "== pytest"
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 # nvcc comes from PyPI where none is installed.
 nvcc: $(VENV)/.env
