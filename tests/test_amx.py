@@ -48,7 +48,8 @@ on_amx = pytest.mark.skipif(not AMX, reason="neither AMX nor its emulation is in
 @on_amx
 @pytest.mark.parametrize("isa", AMX)
 @pytest.mark.parametrize(
-    ("num_tokens", "num_rows", "depth"), [(1, 32, 32), (16, 64, 576), (17, 40, 33), (33, 96, 70), (71, 33, 1)]
+    ("num_tokens", "num_rows", "depth"),
+    [(1, 32, 32), (16, 64, 576), (17, 40, 33), (33, 96, 70), (71, 33, 1), (70, 64, 600), (545, 33, 300)],
 )
 def test_linear_sums_as_documented(isa: str, num_tokens: int, num_rows: int, depth: int) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
@@ -135,3 +136,40 @@ def test_attention_has_the_bits_of_its_emulation(shape: Shape) -> None:
     assert outs[0].isfinite().any()
     same = outs[0].view(torch.int32) == outs[1].view(torch.int32)
     assert (same | (outs[0].isnan() & outs[1].isnan())).all()
+
+
+@on_amx
+@pytest.mark.parametrize("isa", AMX)
+@pytest.mark.parametrize("form", ["symmetric", "zero_points", "minimums", "int8", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_among_many_have_the_bits_of_few(isa: str, form: str, threads: int) -> None:
+    """More tokens than a block of them, more inputs than a chunk of weights: sums are put aside and taken up again."""
+    rows, depth, group_size = 70, 620, 64
+    generator = torch.Generator().manual_seed(1)
+    if form == "bfloat16":
+        packed = torch.empty(_native.packed_linear_shape(rows, depth), dtype=torch.bfloat16)
+        _native.ops.pack_linear(packed, torch.randn(rows, depth, generator=generator).bfloat16())
+    else:
+        packed = pack(random_weight(generator, rows, depth, 8 if form == "int8" else 4, group_size, form))
+    _native.set_isa(isa)
+    before = _native.num_threads()
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        out = torch.full((len(x), rows + 9), torch.nan)[:, :rows]
+        workspace = torch.empty(_native.quantized_workspace_bytes(len(x), depth, 16), dtype=torch.uint8)
+        if form == "bfloat16":
+            _native.ops.linear(out, x, packed, None, workspace)
+        elif form == "int8":
+            _native.ops.linear_int8(out, x, packed, None, workspace, group_size, 16)
+        else:
+            _native.ops.linear_int4(out, x, packed, None, None, workspace, group_size, FORMS.index(form), 16)
+        return out
+
+    x = torch.randn(600, depth, generator=generator)
+    few = torch.cat([multiply(part) for part in x.split([1, 2, 13, 17, 64, 103, 400])])
+    _native.set_num_threads(threads)
+    try:
+        assert torch.equal(multiply(x), few)
+        assert torch.equal(multiply(x[5:38]), few[5:38])
+    finally:
+        _native.set_num_threads(before)

@@ -15,7 +15,8 @@
 #pragma once
 
 #include "core/simd.h"
-#include "cpu/linear_tile.h"  // each
+#include "cpu/linear_tile.h"   // each
+#include "cpu/panel_ranges.h"  // Span
 #include "cpu/quantized_tile.h"
 
 namespace fs::FS_ISA {
@@ -69,9 +70,17 @@ template <int kBits, int kPlace>
 }
 
 [[gnu::always_inline]] inline void store_pairs(bf16* to, vf even, vf odd) {
+#if defined(FS_SIMD_EMULATED)
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even.v), 16);
-  _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_castps_si512(odd.v), upper, lower, 0xea));
+  const __m512i pairs = _mm512_ternarylogic_epi32(_mm512_castps_si512(odd.v), upper, lower, 0xea);
+#else
+  // One instruction: bytes 2 and 3 of the even ones to 0 and 1 of the odd ones.
+  const __m512i bytes = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
+  const __m512i pairs = _mm512_mask_shuffle_epi8(_mm512_castps_si512(odd.v), 0x3333333333333333,
+                                                 _mm512_castps_si512(even.v), bytes);
+#endif
+  _mm512_store_si512(to, pairs);
 }
 
 // The weights of a line, four inputs of 32 rows: f(half of the rows, pair of inputs, the even one, the odd
@@ -121,23 +130,45 @@ struct DequantizedPanels {
   const uint8_t* packed;
   bool zero_points;
 
-  [[gnu::always_inline]] const bf16* chunk(int64_t panel, int64_t block, int64_t count,
-                                           WeightChunk& buffer) const {
-    constexpr int64_t kAhead = 4 * 1024;  // bytes of the stream: memory is always asked for something
-    const int64_t per_group = panels.blocks_per_group(), bytes = panels.block_bytes();
-    const int64_t group_bytes = panels.header_bytes() + per_group * bytes;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t group = (block + i) / per_group, in_group = (block + i) % per_group;
-      const uint8_t* header = packed + panel * panels.panel_bytes() + group * group_bytes;
-      const uint8_t* lines = header + panels.header_bytes() + in_group * bytes;
-      for (int64_t line = 0; line < bytes + panels.header_bytes(); line += 64) {
-        __builtin_prefetch(lines + kAhead + line, 0, 3);
+  static constexpr bool kMadeInPlace = true;
+  const bf16* chunk(int64_t, Span, bf16* buffer) const { return buffer; }
+
+  // Makes blocks one after the other, from a panel's first one on.
+  class Maker {
+   public:
+    Maker(const DequantizedPanels& weights, int64_t panel)
+        : p_(weights.packed + panel * weights.panels.panel_bytes()),
+          header_bytes_(weights.panels.header_bytes()),
+          num_blocks_(weights.panels.num_blocks()),
+          blocks_per_group_(weights.panels.blocks_per_group()),
+          left_in_panel_(num_blocks_),
+          has_offsets_(weights.panels.has_offsets),
+          zero_points_(weights.zero_points) {}
+
+    [[gnu::always_inline]] void next(bf16* to) {
+      constexpr int kBlockBytes = kBits == 4 ? 512 : 1024;
+      constexpr int kAhead = 4 * 1024;  // bytes of the stream: memory is always asked for something
+      if (left_in_group_ == 0) {
+        header_ = p_;
+        p_ += header_bytes_;
+        left_in_group_ = blocks_per_group_ < left_in_panel_ ? blocks_per_group_ : left_in_panel_;
+        __builtin_prefetch(header_ + kAhead, 0, 3);
+        __builtin_prefetch(header_ + kAhead + 64, 0, 3);
       }
-      dequantize_block<kBits>(buffer.value + i * kTileDepth * kPanelRows, header, lines, panels.has_offsets,
-                              zero_points);
+      each<kBlockBytes / 64>([&](auto line)
+                                 FS_INLINE { __builtin_prefetch(p_ + kAhead + line.value * 64, 0, 3); });
+      dequantize_block<kBits>(to, header_, p_, has_offsets_, zero_points_);
+      p_ += kBlockBytes;
+      --left_in_group_;
+      if (--left_in_panel_ == 0) left_in_panel_ = num_blocks_;
     }
-    return buffer.value;
-  }
+
+   private:
+    const uint8_t* p_;
+    const uint8_t* header_ = nullptr;
+    int64_t header_bytes_, num_blocks_, blocks_per_group_, left_in_group_ = 0, left_in_panel_;
+    bool has_offsets_, zero_points_;
+  };
 };
 
 }  // namespace fs::FS_ISA

@@ -25,25 +25,42 @@ void run_below(const Op& op, const OpContext& context) {
 }
 
 // Weights as `pack_linear` leaves them.
-struct PackedPanels {
-  const bf16* packed;
-  int64_t depth;
+class PackedPanels {
+ public:
+  PackedPanels(const bf16* packed, int64_t depth) : packed_(packed), depth_(depth) {}
 
-  [[gnu::always_inline]] const bf16* chunk(int64_t panel, int64_t block, int64_t count,
-                                           WeightChunk& buffer) const {
-    constexpr int64_t kAhead = 8 * 1024;  // bytes of the stream: memory is always asked for something
-    const int64_t first = block * kTileDepth, elements = count * kTileDepth * kPanelRows;
-    const bf16* weights = packed + (panel * padded_depth(depth) + first) * kPanelRows;
-    const auto* bytes = reinterpret_cast<const char*>(weights);
-    for (int64_t at = 0; at < elements * int64_t{sizeof(bf16)}; at += 64) {
-      __builtin_prefetch(bytes + kAhead + at, 0, 2);
-    }
-    if (first + count * kTileDepth <= depth) return weights;
-    const int64_t held = (padded_depth(depth) - first) * kPanelRows;  // the rest are zeros
-    std::memset(buffer.value, 0, static_cast<size_t>(elements) * sizeof(bf16));
-    std::memcpy(buffer.value, weights, static_cast<size_t>(held < elements ? held : elements) * sizeof(bf16));
-    return buffer.value;
+  static constexpr bool kMadeInPlace = false;
+  const bf16* chunk(int64_t panel, Span blocks, bf16* buffer) const {
+    const bf16* weights = at(panel, blocks.begin);
+    if (blocks.end * kTileDepth <= padded_depth(depth_)) return weights;
+    const int64_t held = padded_depth(depth_) - blocks.begin * kTileDepth;  // the rest are zeros
+    std::memset(buffer, 0, static_cast<size_t>(blocks.size() * kTileDepth * kPanelRows) * sizeof(bf16));
+    std::memcpy(buffer, weights, static_cast<size_t>(held * kPanelRows) * sizeof(bf16));
+    return buffer;
   }
+
+  // Blocks are where they lie and only asked for.
+  class Maker {
+   public:
+    Maker(const PackedPanels& weights, int64_t panel)
+        : p_(reinterpret_cast<const char*>(weights.at(panel, 0))) {}
+    [[gnu::always_inline]] void next(bf16*) {
+      constexpr int64_t kBytes = kTileDepth * kPanelRows * int64_t{sizeof(bf16)};
+      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(p_ + line, 0, 2);
+      p_ += kBytes;
+    }
+
+   private:
+    const char* p_;
+  };
+
+ private:
+  const bf16* at(int64_t panel, int64_t block) const {
+    return packed_ + (panel * padded_depth(depth_) + block * kTileDepth) * kPanelRows;
+  }
+
+  const bf16* packed_;
+  int64_t depth_;
 };
 
 template <class Op>

@@ -88,14 +88,29 @@ class TileProduct {
     asm volatile("" ::: "memory");
   }
 
+  // To rows of 32 that are `stride` apart.
+  void store(float* out, int64_t stride) {
+    const int64_t bytes = stride * int64_t{sizeof(float)};
+    _tile_stored(0, out, bytes);
+    _tile_stored(1, out + kTileRows, bytes);
+    if (has_lower()) {
+      float* lower = out + kTileRows * stride;
+      _tile_stored(2, lower, bytes);
+      _tile_stored(3, lower + kTileRows, bytes);
+    }
+    asm volatile("" ::: "memory");
+  }
+
   // sums += products of num_blocks times 32 k: `weights` as in a panel, `upper` and `lower` the tiles of
-  // tokens 0-15 and 16-31, of 16 and as many rows as there are.
-  void multiply(const bf16* weights, const bf16* upper, const bf16* lower, int64_t num_blocks) {
+  // tokens 0-15 and 16-31, of 16 and as many rows as there are. Calls between() after each block.
+  template <class F>
+  [[gnu::always_inline]] void multiply(const bf16* weights, const bf16* upper, const bf16* lower,
+                                       int64_t num_blocks, const F& between) {
     asm volatile("" ::: "memory");
     if (has_lower()) {
-      multiply<true>(weights, upper, lower, num_blocks);
+      multiply<true>(weights, upper, lower, num_blocks, between);
     } else {
-      multiply<false>(weights, upper, lower, num_blocks);
+      multiply<false>(weights, upper, lower, num_blocks, between);
     }
   }
 
@@ -110,8 +125,9 @@ class TileProduct {
 
   bool has_lower() const { return num_tokens_ > kTileRows; }
 
-  template <bool kLower>
-  void multiply(const bf16* w, const bf16* upper, const bf16* lower, int64_t num_blocks) {
+  template <bool kLower, class F>
+  [[gnu::always_inline]] void multiply(const bf16* w, const bf16* upper, const bf16* lower,
+                                       int64_t num_blocks, const F& between) {
     constexpr int kPanelLine = 2 * kPanelRows * int{sizeof(bf16)};
     const int64_t upper_rows = kLower ? kTileRows : num_tokens_, lower_rows = num_tokens_ - kTileRows;
     for (int64_t i = 0; i < num_blocks; ++i) {
@@ -128,6 +144,7 @@ class TileProduct {
       }
       w += kTileDepth * kPanelRows;
       upper += upper_rows * kTileDepth;
+      between();
     }
   }
 
@@ -146,8 +163,25 @@ class TileProduct {
   void zero() { std::memset(&sums_, 0, sizeof(sums_)); }
   void load(const TileSums& sums) { sums_ = sums; }
   void store(TileSums& sums) { sums = sums_; }
+  void store(float* out, int64_t stride) {
+    for (int t = 0; t < num_tokens_; ++t) {
+      for (int half = 0; half < 2; ++half) {
+        std::memcpy(out + t * stride + half * kTileRows, sums_.row(t, half), sizeof(sums_.value[0][0]));
+      }
+    }
+  }
 
-  void multiply(const bf16* weights, const bf16* upper, const bf16* lower, int64_t num_blocks) {
+  template <class F>
+  void multiply(const bf16* weights, const bf16* upper, const bf16* lower, int64_t num_blocks,
+                const F& between) {
+    add_products(weights, upper, lower, num_blocks);
+    for (int64_t i = 0; i < num_blocks; ++i) between();
+  }
+
+ private:
+  // Not inlined, so that none of it moves to where subnormals count, or back.
+  [[gnu::noinline]] void add_products(const bf16* weights, const bf16* upper, const bf16* lower,
+                                      int64_t num_blocks) {
     __builtin_ia32_ldmxcsr(control_ | 0x8040u);  // subnormals are zero, in operands and results
     for (int t = 0; t < num_tokens_; ++t) {
       const bool is_lower = t >= kTileRows;
@@ -172,7 +206,6 @@ class TileProduct {
     __builtin_ia32_ldmxcsr(control_);
   }
 
- private:
   unsigned control_;
   int num_tokens_ = 0;
   TileSums sums_;
