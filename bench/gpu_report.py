@@ -170,7 +170,7 @@ def main() -> int:
         start = time.monotonic()
         try:
             result = step()
-        except Exception:
+        except Exception:  # whatever it is: the machine is rented, and the other steps can still be measured
             result = {"error": traceback.format_exc()}
         report["steps"][name] = {"seconds": round(time.monotonic() - start, 1), "result": result}
         # After each step, so that a machine that hangs leaves what it got to.

@@ -132,7 +132,7 @@ class _GgufModel:
         tensor = self.tensors[source]
         try:
             values = torch.from_numpy(self._dequantize(tensor.data, tensor.tensor_type).copy())
-        except NotImplementedError:
+        except NotImplementedError:  # how the library says that it only stores this type
             raise ModelLoadError(
                 f"{self.path}: tensor {source!r} has type {tensor.tensor_type.name}, "
                 "which the gguf library cannot dequantise"
