@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The product of multiply_on_tiles for one and two tokens, bit for bit, in vector registers.
+// The product of multiply_on_tiles for one token, bit for bit, in vector registers.
 //
 // A tile costs as much for one token as for sixteen, and weights of 4 bits must be written to memory before a
 // tile can be loaded with them. Here they are multiplied where they were dequantised, as float32 with the
@@ -17,7 +17,7 @@
 
 namespace fs::FS_ISA {
 
-inline constexpr int kFewTokens = 2;  // with three the tiles are as fast
+inline constexpr int kFewTokens = 1;  // with two the tiles are as fast
 
 // Subnormal operands and results count as zero while this lives.
 class SubnormalsAreZero {
@@ -91,16 +91,12 @@ void multiply_few_tokens(const Rows& rows, float* workspace, const DequantizedPa
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       {
         const SubnormalsAreZero scope;
-        if (rows.count == 1) {
-          sum_few_tokens<kBits, 1>(sums, weights, x, panel);
-        } else {
-          sum_few_tokens<kBits, 2>(sums, weights, x, panel);
-        }
+        sum_few_tokens<kBits, kFewTokens>(sums, weights, x, panel);
       }
       output.write(sums, panel, 0, static_cast<int>(rows.count));
     }
   };
-  static_assert(kFewTokens == 2);
+  static_assert(kFewTokens == 1);
   for_panel_ranges(weights.panels.num_panels(), rows.count, depth * int64_t{sizeof(float)},
                    kPanelRows * depth, kFewTokens, range);
 }
