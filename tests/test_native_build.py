@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -59,3 +60,17 @@ def test_the_binary_has_no_torch_symbol() -> None:
     assert "NEEDED" in needed
     assert "torch" not in needed
     assert "c10" not in needed
+
+
+@pytest.mark.parametrize("name", ["isa", "thread_pool"])
+def test_other_processors_get_no_warning_either(name: str, tmp_path: Path) -> None:
+    """The files that name x86 compile without it; the standard headers, which name it too, have been read by then."""
+    other = tmp_path / "other_processor.h"
+    other.write_text("#include <bits/stdc++.h>\n#undef __x86_64__\n")
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", "-include", str(other)]
+    source = ROOT / "csrc" / "core" / f"{name}.cpp"
+    done = subprocess.run(
+        [os.environ.get("CXX", "c++"), *flags, "-S", "-o", os.devnull, str(source)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -16,9 +16,10 @@ namespace fs {
 
 namespace {
 
+#if defined(__x86_64__)
 // Linux hands out the tile registers on request, to the whole process and to threads that it makes later.
 bool may_use_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22;  // cpuid 7.0, EDX
   constexpr unsigned kAmxTile = 1u << 24;
   constexpr unsigned kAmxInt8 = 1u << 25;
@@ -36,6 +37,7 @@ bool may_use_amx() {
   return false;
 #endif
 }
+#endif
 
 bool machine_has(Isa isa) {
   if (isa == Isa::portable) return true;
