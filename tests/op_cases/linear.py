@@ -78,6 +78,7 @@ def make(
         "packed": pack(normal(generator, rows, depth, scale=max(1, depth) ** -0.5).to(dtype)),
         "bias": normal(generator, rows) if bias else None,
         "workspace": empty(_native.linear_workspace_bytes(tokens, depth, dtype), dtype=torch.uint8),
+        "counters": empty(2, dtype=torch.int32),  # CUDA's alone: a CPU kernel leaves them as they are
     }
 
 

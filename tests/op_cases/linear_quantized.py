@@ -201,6 +201,7 @@ def case(
             "activation_bits": activation_bits,
         }
         if weight_bits == 4:
+            arguments["counters"] = empty(2, dtype=torch.int32)  # CUDA's alone: a CPU kernel leaves them as they are
             arguments["form"] = FORMS.index(form)
             permutation = torch.randperm(depth, generator=generator).to(torch.int32)
             arguments["input_order"] = permutation if order else None
