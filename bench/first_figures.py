@@ -98,7 +98,8 @@ def machine_limits(llm: LLM) -> dict[str, float]:
     seconds = min(seconds, *(timed(lambda: source.sum()) for _ in range(5)))
     torch.set_num_threads(1)
     bandwidth = source.numel() * 4 / seconds
-    weight = torch.randn(2048, 2048).to(llm.loaded.runner.model.lm_head.packed.dtype)
+    dtype = llm.loaded.runner.model.lm_head.packed.dtype
+    weight = torch.randn(2048, 2048).to(dtype if dtype.is_floating_point else torch.bfloat16)
     linear, x, out = make_linear(llm.loaded.runner.device, weight), torch.randn(512, 2048), torch.empty(512, 2048)
     workspace = torch.empty(linear.workspace_bytes(512), dtype=torch.uint8)
     flops = 2 * 512 * 2048 * 2048 / min(timed(lambda: linear(out, x, workspace)) for _ in range(9))
