@@ -233,7 +233,7 @@ def test_a_prompt_that_the_engine_refuses_holds_no_prefix(server: RunningServer)
 
 def test_requests_without_a_seed_draw_differently_in_each_batch(server: RunningServer) -> None:
     client = server.client()
-    text = "".join(line(f"r{i}", prompt=[5], temperature=1.0, max_tokens=8) for i in range(3))
+    text = "".join(line(f"r{i}", prompt=[5], temperature=1.0, max_tokens=32, ignore_eos=True) for i in range(3))
     first, second = (lines_of(client, run(client, text).output_file_id) for _ in range(2))
     texts = [one["response"]["body"]["choices"][0]["text"] for one in first + second]
     assert len(set(texts)) == 6
@@ -248,8 +248,9 @@ def test_a_server_without_a_folder_says_how_to_get_one(tiny_dir: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_batch_outlives_its_server_and_loses_nothing(tiny_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
+    # 80 steps end at least 7 of the 60 requests (one at a time, 11 tokens each), and at most 45 (four at a time).
     flags = ["--max-num-seqs", "4", "--batch-dir", str(tmp_path), "--served-model-name", "tiny"]
-    first = ServerProcess(tiny_dir, *flags, code=held(40, tmp_path / "go", seconds=0.05))
+    first = ServerProcess(tiny_dir, *flags, code=held(80, tmp_path / "go", seconds=0.05))
     try:
         client = openai.OpenAI(base_url=first.url + "/v1", api_key="none", max_retries=0)
         text = "".join(line(f"r{i}", prompt=[5 + i], max_tokens=3 + i % 9) for i in range(60))
