@@ -66,7 +66,7 @@ class StepArrays {
   bool fixed_shapes() const { return options_.fixed_shapes; }
   int64_t num_rows() const { return arrays_.empty() ? 0 : arrays_[kTokenIds].shape[0]; }  // with padding
   const std::vector<int32_t>& row_starts() const { return row_starts_; }  // first row of each request
-  int64_t num_kv_tokens() const { return num_kv_tokens_; }                // of all requests of the step
+  int64_t num_kv_tokens() const { return num_kv_tokens_; }  // of all requests of all steps so far
   // Of these, tokens of shared prefixes that need no second read, by the first window.
   int64_t num_kv_tokens_spared() const { return num_kv_tokens_spared_; }
   int64_t num_slots() const { return num_slots_; }    // of workspace, the most that a window needs

@@ -85,16 +85,7 @@ class Engine:
                     raise
             else:
                 for item, result in zip(plan.items, results, strict=True):
-                    if result is None:
-                        continue
-                    request, token_id = item.request, result.token_id
-                    # Nearly always in offline work: a token that nobody asks for yet.
-                    if (
-                        not request.has_late_text
-                        or request.finish_reason is not None
-                        or token_id is None
-                        or not 0 <= token_id < self._vocab_size
-                    ):
+                    if result is not None:
                         self._deliver(item, result)
             if self.on_step is not None:
                 self.on_step(plan, self.clock() - begin)
@@ -231,6 +222,8 @@ class Engine:
             if token_id is not None and not 0 <= token_id < self._vocab_size:
                 cause = _SAMPLING_FAILURES.get(token_id, "it is outside the vocabulary")
                 raise FastserveError(f"no token could be sampled (id {token_id}): {cause}")
+            if request.has_late_text and request.finish_reason is None:
+                return  # nearly always in offline work
             stop = self._outputs.push(item, result)
         except Exception as error:
             self.scheduler.finish(request, "error")
