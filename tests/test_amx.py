@@ -83,7 +83,7 @@ def hostile_inputs(depth: int) -> torch.Tensor:
 @pytest.mark.parametrize("isa", AMX)
 @pytest.mark.parametrize("form", ["symmetric", "zero_points", "minimums", "int8"])
 @pytest.mark.parametrize("group_size", [32, 64])
-def test_few_tokens_get_the_bits_of_tiles(isa: str, form: str, group_size: int) -> None:
+def test_one_token_gets_the_bits_of_tiles(isa: str, form: str, group_size: int) -> None:
     rows, depth = 70, 200
     bits = 8 if form == "int8" else 4
     generator = torch.Generator().manual_seed(bits)

@@ -6,7 +6,7 @@
 #include "cpu/amx/product.h"
 
 #include "cpu/amx/dequantize.h"
-#include "cpu/amx/few_tokens.h"
+#include "cpu/amx/one_token.h"
 #include "cpu/linear_check.h"
 
 namespace fs::FS_ISA {
@@ -82,8 +82,8 @@ void multiply(const Op& op, const int32_t* order, const auto& weights) {
 
 template <int kBits, class Op>
 void multiply_quantized(const Op& op, const int32_t* order, const DequantizedPanels<kBits>& weights) {
-  if (op.x.shape[0] > kFewTokens) return multiply(op, order, weights);
-  multiply_few_tokens(rows_of(op, order), op.workspace.template ptr<float>(), weights, output_of(op));
+  if (op.x.shape[0] != 1) return multiply(op, order, weights);
+  multiply_one_token(rows_of(op, order), op.workspace.template ptr<float>(), weights, output_of(op));
 }
 
 void linear(const Linear& op, const OpContext& context) {

@@ -9,15 +9,14 @@
 // far, all with subnormals as zeros. Dequantised weights are never subnormal: float16 scales are multiples of
 // 2^-24.
 //
-// Per 16 rows and input: 3.5 instructions for the weight and one for each token.
+// Per 16 rows and input: 3.5 instructions for the weight and one for the product. With two tokens tiles are
+// as fast.
 #pragma once
 
 #include "cpu/amx/dequantize.h"
 #include "cpu/amx/product.h"
 
 namespace fs::FS_ISA {
-
-inline constexpr int kFewTokens = 1;  // with two the tiles are as fast
 
 // Subnormal operands and results count as zero while this lives.
 class SubnormalsAreZero {
@@ -31,74 +30,69 @@ class SubnormalsAreZero {
   unsigned control_;
 };
 
-// Activations of M tokens rounded to bfloat16, as float32: [K / 32][token][32].
-inline const float* round_few_tokens(float* to, const Rows& rows) {
-  rows.each_block([&](int64_t row, int64_t index, const float (&block)[kBlock]) {
-    float* x = to + (index * rows.count + row) * kBlock;
+// Its activations rounded to bfloat16, as float32: [K / 32][32].
+inline const float* round_token(float* to, const Rows& rows) {
+  rows.each_block([&](int64_t, int64_t index, const float (&block)[kBlock]) {
+    float* x = to + index * kBlock;
     for (int i = 0; i < kBlock; ++i) x[i] = to_float(to_bf16(block[i]));
   });
   return to;
 }
 
 // Sums of a panel. Not inlined, so that none of it moves to where subnormals count.
-template <int kBits, int M>
-[[gnu::noinline]] void sum_few_tokens(TileSums& result, const DequantizedPanels<kBits>& weights,
-                                      const float* x, int64_t panel) {
+template <int kBits>
+[[gnu::noinline]] void sum_panel(TileSums& result, const DequantizedPanels<kBits>& weights, const float* x,
+                                 int64_t panel) {
   constexpr int kLineBytes = kBits == 4 ? 64 : 128;
   constexpr int64_t kAhead = 2 * 1024;  // bytes of the stream: memory is always asked for something
   const QuantizedPanels panels = weights.panels;
   const vf upper = {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffff0000u)))};
   const auto cut = [&](vf weight) FS_INLINE { return vf{_mm512_and_ps(weight.v, upper.v)}; };
   const uint8_t* p = weights.packed + panel * panels.panel_bytes();
-  vf sums[2 * M];
-  each<2 * M>([&](auto i) FS_INLINE { sums[i.value] = zero(); });
+  vf sums[2] = {zero(), zero()};  // of halves of the panel's rows
   for (int64_t block = 0; block < panels.num_blocks();) {
     const RowScales rows[2] = {row_scales<kBits>(p, 0, panels.has_offsets, weights.zero_points),
                                row_scales<kBits>(p, 16, panels.has_offsets, weights.zero_points)};
     p += panels.header_bytes();
     const int64_t end = block + panels.blocks_per_group();
     for (; block < end && block < panels.num_blocks(); ++block) {
-      vf even[2 * M], odd[2 * M];
-      each<2 * M>([&](auto i) FS_INLINE { even[i.value] = odd[i.value] = zero(); });
+      vf even[2] = {zero(), zero()}, odd[2] = {zero(), zero()};
       each<kBlock / 4>([&](auto t) FS_INLINE {
         __builtin_prefetch(p + kAhead, 0, 3);
         if constexpr (kBits == 8) __builtin_prefetch(p + kAhead + 64, 0, 3);
         dequantize_line<kBits>(p, rows, [&](auto half, auto pair, vf even_weight, vf odd_weight) FS_INLINE {
-          const vf even_cut = cut(even_weight), odd_cut = cut(odd_weight);
-          each<M>([&](auto m) FS_INLINE {
-            constexpr int kSum = half.value * M + m.value;
-            const float* inputs = x + m.value * kBlock + 4 * t.value + 2 * pair.value;
-            even[kSum] = fma(set1(inputs[0]), even_cut, even[kSum]);
-            odd[kSum] = fma(set1(inputs[1]), odd_cut, odd[kSum]);
-          });
+          const float* inputs = x + 4 * t.value + 2 * pair.value;
+          even[half.value] = fma(set1(inputs[0]), cut(even_weight), even[half.value]);
+          odd[half.value] = fma(set1(inputs[1]), cut(odd_weight), odd[half.value]);
         });
         p += kLineBytes;
       });
-      x += M * kBlock;
-      each<2 * M>([&](auto i) FS_INLINE { sums[i.value] = sums[i.value] + (even[i.value] + odd[i.value]); });
+      x += kBlock;
+      each<2>([&](auto half)
+                  FS_INLINE { sums[half.value] = sums[half.value] + (even[half.value] + odd[half.value]); });
     }
   }
-  each<2 * M>([&](auto i) FS_INLINE { store(result.value[i.value / M][i.value % M], sums[i.value]); });
+  each<2>([&](auto half) FS_INLINE { store(result.value[half.value][0], sums[half.value]); });
 }
 
+// rows.count is 1.
 template <int kBits>
-void multiply_few_tokens(const Rows& rows, float* workspace, const DequantizedPanels<kBits>& weights,
-                         const TileOutput& output) {
-  const float* x = round_few_tokens(workspace, rows);
+void multiply_one_token(const Rows& rows, float* workspace, const DequantizedPanels<kBits>& weights,
+                        const TileOutput& output) {
+  const float* x = round_token(workspace, rows);
   const int64_t depth = weights.panels.padded_depth();
   const auto range = [&](Span panels, Span) {
     TileSums sums;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       {
         const SubnormalsAreZero scope;
-        sum_few_tokens<kBits, kFewTokens>(sums, weights, x, panel);
+        sum_panel<kBits>(sums, weights, x, panel);
       }
-      output.write(sums, panel, 0, static_cast<int>(rows.count));
+      output.write(sums, panel, 0, 1);
     }
   };
-  static_assert(kFewTokens == 1);
-  for_panel_ranges(weights.panels.num_panels(), rows.count, depth * int64_t{sizeof(float)},
-                   kPanelRows * depth, kFewTokens, range);
+  for_panel_ranges(weights.panels.num_panels(), 1, depth * int64_t{sizeof(float)}, kPanelRows * depth, 1,
+                   range);
 }
 
 }  // namespace fs::FS_ISA
