@@ -265,7 +265,7 @@ def run_quality(a: argparse.Namespace, results: Results, engines: list[Engine], 
         if results.runs("quality", engine.name):
             continue
         if engine.kind.startswith("fastserve"):
-            command = [sys.executable, "-m", "fastserve.cli", "eval", "perplexity", engine.model, str(file)]
+            command = [sys.executable, "-m", "fastserve.cli", "eval", "perplexity", engine.model, "--text", str(file)]
             command += ["--context", str(QUALITY_CONTEXT), "--stride", str(QUALITY_CONTEXT // 2)]
             command += ["--max-tokens", str(a.quality_tokens), "--num-threads", str(a.threads)]
             command += ["--activation-dtype", "int8" if engine.kind.endswith("w4a8") else "auto"]

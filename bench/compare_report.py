@@ -129,7 +129,9 @@ def _memory(report: dict[str, Any]) -> list[str]:
         "",
         "Peak resident bytes of the process over all of the above; MB. fastserve, OpenVINO and vLLM are ",
     ]
-    lines[-1] += f"asked for {KV_BYTES / 1e6:.0f} MB of KV cache, which is resident where it was written to."
+    lines[-1] += (
+        f"asked for {KV_BYTES / 1e6:.0f} MB of KV cache; fastserve's is there as far as it was used and 512 MB ahead."
+    )
     lines += ["", *_header(["engine", "peak", "weights' file"])]
     for engine, peak in peaks.items():
         lines.append(_row([engine, f"{peak / 1e6:.0f}", f"{report['about'][engine]['weight_bytes'] / 1e6:.0f}"]))

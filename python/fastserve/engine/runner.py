@@ -12,6 +12,7 @@ from fastserve.config import EngineConfig
 from fastserve.engine.batch import Batch, BatchBuilder, StepBuffers, StepViews
 from fastserve.engine.device import DTYPES, Device, make_device
 from fastserve.engine.memory import MemoryPlan, plan_memory
+from fastserve.engine.pages_ahead import PagesAhead
 from fastserve.engine.sampler import Sampler
 from fastserve.engine.scheduler import StepItem, StepPlan
 from fastserve.engine.step_graphs import StepGraphs
@@ -70,6 +71,7 @@ class ModelRunner:
         )
         shape = (self.memory_plan.num_blocks, 2, m.num_kv_heads, config.block_size, m.head_dim)
         self.kv_cache = [self.device.empty(shape, kv_dtype) for _ in range(m.num_layers)]
+        self.pages = PagesAhead(self.kv_cache)
         self.batches = BatchBuilder(self.device, m, config.block_size, max_logit_rows)
         self.graphs = StepGraphs(self.device, self.batches.arrays)
         self.sampler = Sampler(self.device, m.vocab_size, max_logit_rows, self.eos_token_ids)
@@ -103,6 +105,10 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> list[SampledToken | None]:
         """Compute the plan's tokens. Returns, per item, the sampled next token, or None where the item does not
         reach its request's last known token."""
+        with self.pages.step(max(item.request.block_ids[-1] for item in plan.items)):
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> list[SampledToken | None]:
         for request_id in plan.finished:
             self.sampler.forget(request_id)
         batch = self.batches.build(plan)
@@ -152,6 +158,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give back the weights, the KV cache and the buffers. The runner must not be used afterwards."""
+        if hasattr(self, "pages"):
+            self.pages.close()
         for name in ("graphs", "model", "kv_cache", "buffers", "batches", "sampler"):
             if hasattr(self, name):
                 delattr(self, name)
