@@ -73,11 +73,11 @@ void Decoder::isspacep() {
   inst.r[1] = a;
   const std::string& m = in_->mods.at(0);
   if (m == "const") refuse("is not simulated");
-  inst.imm =
-      static_cast<int64_t>(m == "shared" || m == "shared::cta" || m == "shared::cluster" ? kSharedWindow
-                           : m == "local"                                                ? kLocalWindow
-                           : m == "param"                                                ? kParamWindow
-                                                                                         : 0);
+  const auto bit = [](uint64_t window) { return int64_t{1} << (window >> 56); };
+  inst.imm = m == "shared" || m == "shared::cta" || m == "shared::cluster" ? bit(kSharedWindow)
+             : m == "local"                                                ? bit(kLocalWindow)
+             : m == "param" ? bit(kParamWindow)
+                            : bit(0) | bit(kParamWindow);  // the global window holds parameters
 }
 
 void Decoder::convert() {

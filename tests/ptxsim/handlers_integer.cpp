@@ -500,9 +500,10 @@ void cvta_to(Warp& w, const Inst& i) {
 }
 void isspacep(Warp& w, const Inst& i) {
   const uint64_t* a = reg<uint64_t>(w, i.r[1]);
+  const auto windows = static_cast<uint64_t>(i.imm);  // bit n: addresses whose upper byte is n
   uint32_t m = 0;
   for (int l = 0; l < kLanes; ++l)
-    m |= static_cast<uint32_t>((a[l] >> 56) == (static_cast<uint64_t>(i.imm) >> 56)) << l;
+    m |= static_cast<uint32_t>((a[l] >> 56) < 64 && (windows >> (a[l] >> 56 & 63) & 1) != 0) << l;
   write_predicate(w, i.r[0], m);
 }
 
