@@ -102,7 +102,8 @@ class TileProduct {
   }
 
   // sums += products of num_blocks times 32 k: `weights` as in a panel, `upper` and `lower` the tiles of
-  // tokens 0-15 and 16-31, of 16 and as many rows as there are. Calls between() after each block.
+  // tokens 0-15 and 16-31, of 16 and as many rows as there are. Calls between() after each block. Activations
+  // are loaded with the hint that leaves them in L2: in L1 they would take the place of weights.
   template <class F>
   [[gnu::always_inline]] void multiply(const bf16* weights, const bf16* upper, const bf16* lower,
                                        int64_t num_blocks, const F& between) {
@@ -132,12 +133,12 @@ class TileProduct {
     const int64_t upper_rows = kLower ? kTileRows : num_tokens_, lower_rows = num_tokens_ - kTileRows;
     for (int64_t i = 0; i < num_blocks; ++i) {
       _tile_loadd(6, w, kPanelLine);
-      _tile_loadd(4, upper, 64);
+      _tile_stream_loadd(4, upper, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, w + kPanelRows, kPanelLine);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (kLower) {
-        _tile_loadd(5, lower, 64);
+        _tile_stream_loadd(5, lower, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
         lower += lower_rows * kTileDepth;

@@ -7,6 +7,7 @@
 
 #include "cpu/amx/tile.h"
 #include "cpu/quantize_rows.h"
+#include "cpu/round.h"
 
 namespace fs::FS_ISA {
 
@@ -29,7 +30,7 @@ inline TokenTiles round_to_tiles(bf16* to, const Rows& rows) {
     const int64_t in_tile = row % kTileRows, first = row - in_tile, rest = rows.count - first;
     const int64_t height = rest < kTileRows ? rest : kTileRows;
     bf16* x = to + (first * num_blocks + index * height + in_tile) * kTileDepth;
-    for (int i = 0; i < kBlock; ++i) x[i] = to_bf16(block[i]);
+    for (int i = 0; i < kBlock; i += kLanes) store(x + i, load(block + i));
   });
   return {to, rows.count, num_blocks};
 }
