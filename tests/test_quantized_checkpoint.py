@@ -19,7 +19,7 @@ from fastserve import LLM, ModelLoadError, SamplingParams, _native
 from fastserve.config import EngineConfig
 from fastserve.engine.runner import ModelRunner
 from fastserve.json_file import Fields
-from fastserve.layers import Int8Linear, PackedLinear
+from fastserve.layers import Int8Linear, PackedLinear, in_turns
 from fastserve.model_config import ModelConfig
 from fastserve.models.llama import projections
 from fastserve.weights.quantization_config import (
@@ -119,9 +119,11 @@ def test_a_model_computes_as_with_the_weights_written_out(tmp_path: Path, kind: 
         assert exact[0] == written_out[0]
 
 
-def cut_to_bfloat16(weights: list[QuantizedWeight]) -> list[torch.Tensor]:
+def cut_to_bfloat16(weights: list[QuantizedWeight], is_gated: bool) -> list[torch.Tensor]:
     """What AMX kernels make of projections that are packed as one, by the second description in op_cases."""
     one = QuantizedWeight.stack(weights, "")
+    order = in_turns(one.shape[0]) if is_gated else torch.arange(one.shape[0])
+    one = one.rows(order)
     zero_points = None if one.zero_points is None else one.zero_points.to(torch.uint8)
     cut = Weight(one.codes, one.scales, one.group_size, zero_points, one.minimums).on_tiles()
     exact = Weight(one.codes, one.scales, one.group_size, zero_points, one.minimums)
@@ -129,7 +131,7 @@ def cut_to_bfloat16(weights: list[QuantizedWeight]) -> list[torch.Tensor]:
     assert ((cut - exact.value()).abs() <= 2.0**-7 * exact.value().abs() + 2.0**-12 * exact.magnitude()).all()
     if one.input_order is not None:
         cut = torch.empty_like(cut).index_copy_(1, one.input_order.long(), cut)
-    return list(cut.bfloat16().split([weight.shape[0] for weight in weights]))
+    return list(cut.bfloat16()[order.argsort()].split([weight.shape[0] for weight in weights]))
 
 
 @pytest.mark.skipif(not any(isa.startswith("amx") for isa in _native.isas()), reason="neither AMX nor its emulation")
@@ -144,8 +146,8 @@ def test_on_amx_int4_is_the_bfloat16_model_of_the_weights_cut_off(tmp_path: Path
     file = tmp_path / "int4" / "dense" / "model.safetensors"
     tensors = load_file(file)
     for index in range(config.num_layers):
-        for parts, depth in projections(config, index).values():
-            cut = cut_to_bfloat16([source.read(name, rows, depth) for name, rows in parts])
+        for linear, (parts, depth) in projections(config, index).items():
+            cut = cut_to_bfloat16([source.read(name, rows, depth) for name, rows in parts], linear == "gate_up")
             tensors |= {f"{name}.weight": part.contiguous() for (name, _), part in zip(parts, cut, strict=True)}
     save_file(tensors, file, metadata={"format": "pt"})
     results = []

@@ -134,7 +134,8 @@ def test_options_choose_the_layers_and_the_memory_plan_knows(int4_dir: Path) -> 
     written_out, all_bytes = layers_of(int4_dir, quantization="none")
     assert {type(layer) for layer in written_out} == {PackedLinear}
     for kept, full in zip(layers[:-1], written_out[:-1], strict=True):
-        padded_rows, padded_inputs = (-(-size // 32) * 32 for size in (kept.out_features, kept.in_features))
+        num_rows = kept.out_features * (2 if kept.is_gated else 1)
+        padded_rows, padded_inputs = (-(-size // 32) * 32 for size in (num_rows, kept.in_features))
         assert kept.num_bytes == padded_rows * padded_inputs * 5 // 8  # 4 bits, and 2 x 16 of every 32
         assert full.num_bytes == padded_rows * kept.in_features * 4
     saved = sum(full.num_bytes - kept.num_bytes for kept, full in zip(layers, written_out, strict=True))

@@ -223,8 +223,8 @@ void run(const Op& op, const OpContext& context = {}) {
 }  // namespace fs
 
 // In a kernel file compiled once per instruction set, inside namespace fs::FS_ISA.
-#define FS_REGISTER_CPU(Op, kernel, variants)                                                                \
-  namespace {                                                                                                \
-  const ::fs::RegisterKernel<Op> register_##kernel(::fs::Slot<Op>::cpu[static_cast<int>(::fs::Isa::FS_ISA)], \
-                                                   kernel, (variants));                                      \
+#define FS_REGISTER_CPU(Op, kernel, variants)                                                            \
+  namespace {                                                                                            \
+  const ::fs::RegisterKernel<Op> register_##Op(::fs::Slot<Op>::cpu[static_cast<int>(::fs::Isa::FS_ISA)], \
+                                               kernel, (variants));                                      \
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// out = x @ weight.T + bias over weights of 4 or 8 bits (layout/quantized_panel.h).
+// out = x @ weight.T + bias over weights of 4 or 8 bits (layout/quantized_panel.h), and the gated forms of
+// it.
 //
 // First the activations are made ready in the workspace, once for all panels (quantize_rows.h); then the
 // tiles of quantized_tile.h run over blocks of tokens and ranges of panels.
@@ -8,6 +9,7 @@
 // Bound: with few tokens memory, the packed bytes once; with many the multiply instructions, of which a block
 // of 32 inputs needs 8 (int8 activations) or 16 (bf16) per token and 16 rows, and 2 or 3 more to scale the
 // sum.
+#include "cpu/gate.h"
 #include "cpu/linear_check.h"
 #include "cpu/panel_ranges.h"
 #include "cpu/quantize_rows.h"
@@ -40,7 +42,7 @@ template <int M, class F>
   f(Index<M>{});
 }
 
-// tile(Index<M>, panel, token) over all tokens and panels.
+// tile(op, Index<M>, panel, token) over all tokens and panels.
 template <class Input, class F>
 void run_tiles(const QuantizedProduct<Input>& op, int64_t num_tokens, const F& tile) {
   const int64_t depth = op.panels.padded_depth();
@@ -49,7 +51,18 @@ void run_tiles(const QuantizedProduct<Input>& op, int64_t num_tokens, const F& t
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       for (int64_t i = 0; i < num_tiles; ++i) {
         const Span piece = part(tokens.size(), num_tiles, i);
-        with_tokens<kMaxTokens>(piece.size(), [&](auto m) { tile(m, panel, tokens.begin + piece.begin); });
+        const int64_t token = tokens.begin + piece.begin;
+        with_tokens<kMaxTokens>(piece.size(), [&](auto m) {
+          if (!op.is_gated) return tile(op, m, panel, token);
+          float results[m.value * QuantizedPanels::kRows];
+          QuantizedProduct<Input> ungated = op;
+          ungated.out = results;
+          ungated.out_stride = QuantizedPanels::kRows;
+          ungated.first_token = token;
+          ungated.first_row = panel * QuantizedPanels::kRows;
+          tile(ungated, m, panel, token);
+          gate_rows(op.out + token * op.out_stride + panel * kGatedRows, op.out_stride, results, m.value);
+        });
       }
     }
   };
@@ -58,8 +71,8 @@ void run_tiles(const QuantizedProduct<Input>& op, int64_t num_tokens, const F& t
 }
 
 template <class Products, bool kHasOffsets>
-void run_blocks(const QuantizedProduct<typename Products::Input>& op, int64_t num_tokens) {
-  run_tiles(op, num_tokens, [&](auto m, int64_t panel, int64_t token) {
+void run_blocks(const QuantizedProduct<typename Products::Input>& product, int64_t num_tokens) {
+  run_tiles(product, num_tokens, [&](const auto& op, auto m, int64_t panel, int64_t token) {
     constexpr int V = m.value == 1 ? kVectorsOfHalf : 1;
     each_piece<Products::kHalves, V>(
         [&](int first) { block_tile<Products, kHasOffsets, V, m.value>(op, panel, first, token); });
@@ -67,8 +80,8 @@ void run_blocks(const QuantizedProduct<typename Products::Input>& op, int64_t nu
 }
 
 template <int kBits>
-void run_dequantized(const QuantizedProduct<float>& op, int64_t num_tokens) {
-  run_tiles(op, num_tokens, [&](auto m, int64_t panel, int64_t token) {
+void run_dequantized(const QuantizedProduct<float>& product, int64_t num_tokens) {
+  run_tiles(product, num_tokens, [&](const auto& op, auto m, int64_t panel, int64_t token) {
     constexpr int V = m.value == 1 ? kVectorsOfHalf : 1;
     each_piece<kBits == 4 ? 2 : 1, V>(
         [&](int first) { dequantized_tile<kBits, V, m.value>(op, panel, first, token); });
@@ -146,14 +159,26 @@ Rows rows_of(const Op& op, const int32_t* order) {
 
 template <class Input, class Op>
 QuantizedProduct<Input> product_of(const Op& op, const QuantizedPanels& panels, bool zero_points) {
-  return {panels,           op.packed.template ptr<const uint8_t>(),
-          zero_points,      nullptr,
-          nullptr,          nullptr,
-          nullptr,          op.out.template ptr<float>(),
-          op.out.stride[0], op.bias.defined() ? op.bias.template ptr<const float>() : nullptr};
+  QuantizedProduct<Input> product{.panels = panels,
+                                  .packed = op.packed.template ptr<const uint8_t>(),
+                                  .zero_points = zero_points,
+                                  .x = nullptr,
+                                  .x_scales = nullptr,
+                                  .offsets = nullptr,
+                                  .x_sums = nullptr,
+                                  .out = op.out.template ptr<float>(),
+                                  .out_stride = op.out.stride[0],
+                                  .bias = nullptr};
+  if constexpr (requires { op.bias; }) {
+    if (op.bias.defined()) product.bias = op.bias.template ptr<const float>();
+  } else {
+    product.is_gated = true;
+  }
+  return product;
 }
 
-void linear_int4(const LinearInt4& op, const OpContext&) {
+template <class Op>
+void linear_int4(const Op& op, const OpContext&) {
   const auto [form, panels, order] = check_int4(op);
   const bool has_offsets = panels.has_offsets, zero_points = form == Int4Form::zero_points;
   const Rows rows = rows_of(op, order);
@@ -178,7 +203,8 @@ void linear_int4(const LinearInt4& op, const OpContext&) {
 #endif
 }
 
-void linear_int8(const LinearInt8& op, const OpContext&) {
+template <class Op>
+void linear_int8(const Op& op, const OpContext&) {
   const QuantizedPanels panels = check_int8(op);
   const Rows rows = rows_of(op, nullptr);
   if (op.activation_bits == 8) {
@@ -190,7 +216,9 @@ void linear_int8(const LinearInt8& op, const OpContext&) {
 
 }  // namespace
 
-FS_REGISTER_CPU(LinearInt4, linear_int4, DType::u8)
-FS_REGISTER_CPU(LinearInt8, linear_int8, DType::u8)
+FS_REGISTER_CPU(LinearInt4, linear_int4<LinearInt4>, DType::u8)
+FS_REGISTER_CPU(LinearInt4Gated, linear_int4<LinearInt4Gated>, DType::u8)
+FS_REGISTER_CPU(LinearInt8, linear_int8<LinearInt8>, DType::u8)
+FS_REGISTER_CPU(LinearInt8Gated, linear_int8<LinearInt8Gated>, DType::u8)
 
 }  // namespace fs::FS_ISA

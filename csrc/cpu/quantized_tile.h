@@ -29,6 +29,8 @@ struct QuantizedProduct {
   float* out;
   int64_t out_stride;
   const float* bias;
+  bool is_gated = false;                   // pairs of results become one (gate.h)
+  int64_t first_token = 0, first_row = 0;  // those that `out` begins with
 
   const Input* row(int64_t token) const { return x + token * panels.padded_depth(); }
 };
@@ -59,7 +61,7 @@ template <int M, class Input>
   vf bias = zero();
   if (op.bias != nullptr) bias = load_rows(op.bias + n, count);
   each<M>([&](auto m) FS_INLINE {
-    float* target = op.out + (token + m.value) * op.out_stride + n;
+    float* target = op.out + (token + m.value - op.first_token) * op.out_stride + n - op.first_row;
     const vf sum = op.bias == nullptr ? sums[m.value] : sums[m.value] + bias;
     if (count == kLanes) {
       store(target, sum);

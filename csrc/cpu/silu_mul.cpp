@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The gated activation of Llama-like MLPs: silu(gate) * up with silu(x) = x / (1 + exp(-x)).
-#include "core/simd.h"
+// The gated activation of Llama-like MLPs (gate.h).
+#include "cpu/gate.h"
 #include "cpu/parallel.h"
 #include "ops/ops.h"
 
@@ -10,10 +10,6 @@ namespace fs::FS_ISA {
 namespace {
 
 constexpr int64_t kRowsPerChunk = 4;
-
-vf gated(vf gate, vf up) {
-  return gate / (set1(1.0f) + exp(zero() - gate)) * up;
-}
 
 void silu_mul(const SiluMul& op, const OpContext&) {
   const int64_t num_tokens = op.out.shape[0];

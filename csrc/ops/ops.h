@@ -95,6 +95,27 @@ struct Linear {
   }
 };
 
+// The first half of a gated MLP, on the CPU: a weight [2 I, K] whose rows are 16 of the gate, the same 16 of
+// up, the next 16 of the gate and so on; I is a multiple of 16. The bits are those of `linear` and
+// `silu_mul`.
+inline constexpr int64_t kGatedRows = 16;
+
+struct LinearGated {
+  Tensor out, x, packed, workspace;
+  static constexpr OpInfo info{"linear_gated",
+                               "out = silu(x @ gate.T) * (x @ up.T), rows of gate and up in turns of 16 in a "
+                               "weight packed by `pack_linear`",
+                               "packed"};
+  static constexpr auto args() {
+    return std::tuple{
+        activation(&LinearGated::out, "out", "M I", Access::write).rows(),
+        activation(&LinearGated::x, "x", "M K").rows(),
+        tensor(&LinearGated::packed, "packed", "P Kp 32", kWeights),
+        tensor(&LinearGated::workspace, "workspace", "W", DType::u8, Access::write),
+    };
+  }
+};
+
 // Weights of 4 bits: codes 0 to 15 in groups of group_size along K that share a scale, G = ceil(K /
 // group_size). group_size is a multiple of 32, or K or more: one group per row. With g = k / group_size, by
 // what is given:
@@ -150,6 +171,27 @@ struct LinearInt4 {
   }
 };
 
+struct LinearInt4Gated {
+  Tensor out, x, packed, input_order, workspace;
+  int64_t group_size, form, activation_bits;
+  static constexpr OpInfo info{"linear_int4_gated",
+                               "`linear_gated` over a weight packed by `pack_int4`, activations as for "
+                               "`linear_int4`",
+                               "packed"};
+  static constexpr auto args() {
+    return std::tuple{
+        activation(&LinearInt4Gated::out, "out", "M I", Access::write).rows(),
+        activation(&LinearInt4Gated::x, "x", "M K").rows(),
+        tensor(&LinearInt4Gated::packed, "packed", "P B", DType::u8),
+        tensor(&LinearInt4Gated::input_order, "input_order", "K", DType::i32).maybe(),
+        tensor(&LinearInt4Gated::workspace, "workspace", "W", DType::u8, Access::write),
+        scalar(&LinearInt4Gated::group_size, "group_size"),
+        scalar(&LinearInt4Gated::form, "form"),
+        scalar(&LinearInt4Gated::activation_bits, "activation_bits"),
+    };
+  }
+};
+
 // Weights of 8 bits: weight[n, k] = scales[n, g] * codes[n, k] with codes -128 to 127, groups as above.
 struct PackInt8 {
   Tensor packed, codes, scales;
@@ -183,6 +225,25 @@ struct LinearInt8 {
         tensor(&LinearInt8::workspace, "workspace", "W", DType::u8, Access::write),
         scalar(&LinearInt8::group_size, "group_size"),
         scalar(&LinearInt8::activation_bits, "activation_bits"),
+    };
+  }
+};
+
+struct LinearInt8Gated {
+  Tensor out, x, packed, workspace;
+  int64_t group_size, activation_bits;
+  static constexpr OpInfo info{"linear_int8_gated",
+                               "`linear_gated` over a weight packed by `pack_int8`, activations as for "
+                               "`linear_int4`",
+                               "packed"};
+  static constexpr auto args() {
+    return std::tuple{
+        activation(&LinearInt8Gated::out, "out", "M I", Access::write).rows(),
+        activation(&LinearInt8Gated::x, "x", "M K").rows(),
+        tensor(&LinearInt8Gated::packed, "packed", "P B", DType::u8),
+        tensor(&LinearInt8Gated::workspace, "workspace", "W", DType::u8, Access::write),
+        scalar(&LinearInt8Gated::group_size, "group_size"),
+        scalar(&LinearInt8Gated::activation_bits, "activation_bits"),
     };
   }
 };
@@ -335,7 +396,8 @@ struct TokenLogprobs {
 };
 
 // All ops, in the order of `fastserve doctor --ops` and of the generated table.
-using AllOps = std::tuple<Embedding, EmbeddingInt8, RmsNorm, PackLinear, Linear, PackInt4, LinearInt4,
-                          PackInt8, LinearInt8, RopeKvWrite, Attention, SiluMul, Sample, TokenLogprobs>;
+using AllOps = std::tuple<Embedding, EmbeddingInt8, RmsNorm, PackLinear, Linear, LinearGated, PackInt4,
+                          LinearInt4, LinearInt4Gated, PackInt8, LinearInt8, LinearInt8Gated, RopeKvWrite,
+                          Attention, SiluMul, Sample, TokenLogprobs>;
 
 }  // namespace fs

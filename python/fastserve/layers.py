@@ -19,6 +19,8 @@ from fastserve.errors import FastserveError, ModelLoadError
 from fastserve.weights.int8 import Int8Weight
 from fastserve.weights.quantized import QuantizedWeight
 
+GATED_ROWS = 16  # csrc/ops/ops.h
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -47,6 +49,7 @@ class Linear(Protocol):
 
     in_features: int
     out_features: int
+    is_gated: bool  # the weight is that of a gate and of what it gates, and out = silu(x @ gate.T) * (x @ up.T)
 
     @property
     def num_bytes(self) -> int: ...
@@ -57,20 +60,34 @@ class Linear(Protocol):
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None: ...
 
 
-def make_linear(device: Device, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+def can_gate(device: Device, width: int, has_bias: bool) -> bool:
+    """Whether gate and up projections with `width` outputs each can be one layer with `is_gated`."""
+    return device.has_gated and not has_bias and width % GATED_ROWS == 0
+
+
+def in_turns(num_rows: int) -> torch.Tensor:
+    """The order of rows [gate | up] in which gated ops take them: 16 of the gate, the same 16 of up, and so on."""
+    return torch.arange(num_rows).view(2, -1, GATED_ROWS).transpose(0, 1).reshape(-1)
+
+
+def make_linear(
+    device: Device, weight: torch.Tensor, bias: torch.Tensor | None = None, is_gated: bool = False
+) -> Linear:
     """The layer for a weight [out_features, in_features] in float32, bfloat16 or float16 and a bias [out_features],
-    both on the host; neither is kept."""
-    return PackedLinear(device, weight, bias) if device.exact else TorchLinear(device, weight, bias)
+    both on the host; neither is kept. A weight for `is_gated` is [gate | up]."""
+    return PackedLinear(device, weight, bias, is_gated) if device.exact else TorchLinear(device, weight, bias)
 
 
 class PackedLinear:
     """The weight packed once, in its own dtype; a row's result depends on nothing but the row."""
 
-    def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None, is_gated: bool = False) -> None:
         self.device = device
-        self.out_features, self.in_features = weight.shape
-        self.packed = device.empty(device.packed_linear_shape(self.out_features, self.in_features), weight.dtype)
-        device.ops.pack_linear(self.packed, device.upload(weight))
+        self.is_gated = is_gated
+        num_rows, self.in_features = weight.shape
+        self.out_features = num_rows // 2 if is_gated else num_rows
+        self.packed = device.empty(device.packed_linear_shape(num_rows, self.in_features), weight.dtype)
+        device.ops.pack_linear(self.packed, device.upload(weight[in_turns(num_rows)] if is_gated else weight))
         self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
 
     @property
@@ -81,11 +98,16 @@ class PackedLinear:
         return self.device.linear_workspace_bytes(max_tokens, self.in_features, self.packed.dtype)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
-        self.device.ops.linear(out, x, self.packed, self.bias, workspace, self.device.linear_counters)
+        if self.is_gated:
+            self.device.ops.linear_gated(out, x, self.packed, workspace)
+        else:
+            self.device.ops.linear(out, x, self.packed, self.bias, workspace, self.device.linear_counters)
 
 
 class TorchLinear:
     """torch's matrix product. How it sums may depend on the number of rows."""
+
+    is_gated = False
 
     def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
@@ -107,9 +129,15 @@ class TorchLinear:
 
 
 def make_int4_linear(
-    device: Device, parts: Sequence[QuantizedWeight], biases: Sequence[torch.Tensor], activation_bits: int, name: str
+    device: Device,
+    parts: Sequence[QuantizedWeight],
+    biases: Sequence[torch.Tensor],
+    activation_bits: int,
+    name: str,
+    is_gated: bool = False,
 ) -> Linear:
-    """Projections of the same input as one layer, their outputs side by side. `biases` is empty or has one for each."""
+    """Projections of the same input as one layer, their outputs side by side. `biases` is empty or has one for each.
+    Of a gate and what it gates, `is_gated` makes one gated layer if their forms allow it."""
     try:
         joined = [QuantizedWeight.stack(parts, name)]
     except ModelLoadError:  # different forms or orders of inputs
@@ -118,6 +146,8 @@ def make_int4_linear(
         bias_of = list(biases) or [None] * len(parts)
     else:
         bias_of = [torch.cat(list(biases)) if biases else None]
+    if is_gated and len(joined) == 1:
+        return Int4Linear(device, joined[0], None, activation_bits, is_gated)
     layers = [Int4Linear(device, weight, bias, activation_bits) for weight, bias in zip(joined, bias_of, strict=True)]
     return layers[0] if len(layers) == 1 else SideBySide(layers)
 
@@ -129,10 +159,18 @@ class _QuantizedLinear:
     input_order: torch.Tensor | None = None
 
     def __init__(
-        self, device: Device, shape: tuple[int, int], group_size: int, bias: torch.Tensor | None, activation_bits: int
+        self,
+        device: Device,
+        shape: tuple[int, int],
+        group_size: int,
+        bias: torch.Tensor | None,
+        activation_bits: int,
+        is_gated: bool,
     ) -> None:
         self.device = device
-        self.out_features, self.in_features = shape
+        self.is_gated = is_gated
+        num_rows, self.in_features = shape
+        self.out_features = num_rows // 2 if is_gated else num_rows
         self.group_size = group_size
         self.activation_bits = activation_bits
         self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
@@ -150,9 +188,16 @@ class Int4Linear(_QuantizedLinear):
     """4-bit codes, packed once, code for code."""
 
     def __init__(
-        self, device: Device, weight: QuantizedWeight, bias: torch.Tensor | None, activation_bits: int
+        self,
+        device: Device,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        activation_bits: int,
+        is_gated: bool = False,
     ) -> None:
-        super().__init__(device, weight.shape, weight.group_size, bias, activation_bits)
+        super().__init__(device, weight.shape, weight.group_size, bias, activation_bits, is_gated)
+        if is_gated:
+            weight = weight.rows(in_turns(weight.shape[0]))
         self.form = weight.form
         shape = device.packed_int4_shape(*weight.shape, weight.group_size, weight.form)
         self.packed = device.empty(shape, torch.uint8)
@@ -175,27 +220,47 @@ class Int4Linear(_QuantizedLinear):
         return super().num_bytes + num_bytes(self.input_order)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
-        self.device.ops.linear_int4(
-            out, x, self.packed, self.bias, self.input_order, workspace, self.group_size, self.form,
-            self.activation_bits, self.device.linear_counters,
-        )  # fmt: skip
+        if self.is_gated:
+            self.device.ops.linear_int4_gated(
+                out, x, self.packed, self.input_order, workspace, self.group_size, self.form, self.activation_bits
+            )
+        else:
+            self.device.ops.linear_int4(
+                out, x, self.packed, self.bias, self.input_order, workspace, self.group_size, self.form,
+                self.activation_bits, self.device.linear_counters,
+            )  # fmt: skip
 
 
 class Int8Linear(_QuantizedLinear):
     """8-bit codes, packed once, code for code."""
 
-    def __init__(self, device: Device, weight: Int8Weight, bias: torch.Tensor | None, activation_bits: int) -> None:
-        super().__init__(device, weight.shape, weight.group_size, bias, activation_bits)
+    def __init__(
+        self,
+        device: Device,
+        weight: Int8Weight,
+        bias: torch.Tensor | None,
+        activation_bits: int,
+        is_gated: bool = False,
+    ) -> None:
+        super().__init__(device, weight.shape, weight.group_size, bias, activation_bits, is_gated)
+        if is_gated:
+            weight = weight.rows(in_turns(weight.shape[0]))
         self.packed = device.empty(device.packed_int8_shape(*weight.shape, weight.group_size), torch.uint8)
         codes, scales = device.upload(weight.codes.contiguous()), device.upload(weight.scales.contiguous())
         device.ops.pack_int8(self.packed, codes, scales, weight.group_size)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
-        self.device.ops.linear_int8(out, x, self.packed, self.bias, workspace, self.group_size, self.activation_bits)
+        ops, size, bits = self.device.ops, self.group_size, self.activation_bits
+        if self.is_gated:
+            ops.linear_int8_gated(out, x, self.packed, workspace, size, bits)
+        else:
+            ops.linear_int8(out, x, self.packed, self.bias, workspace, size, bits)
 
 
 class SideBySide:
     """Layers of the same input that cannot be packed as one."""
+
+    is_gated = False
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self.layers = layers

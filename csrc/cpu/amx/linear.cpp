@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// `linear` over bfloat16 weights, and `linear_int4` and `linear_int8` with activations of 16 bits, on AMX's
-// tile registers: weights of 4 and 8 bits become bfloat16 a chunk at a time, in the L1 cache. Everything else
-// is left to the kernels of avx512bf16.
+// `linear` over bfloat16 weights, `linear_int4` and `linear_int8` with activations of 16 bits, and the gated
+// forms of these, on AMX's tile registers: weights of 4 and 8 bits become bfloat16 a chunk at a time, in the
+// L1 cache. Everything else is left to the kernels of avx512bf16.
 #include "cpu/amx/product.h"
 
 #include "cpu/amx/dequantize.h"
@@ -69,9 +69,14 @@ Rows rows_of(const Op& op, const int32_t* order) {
 }
 
 template <class Op>
-TileOutput output_of(const Op& op) {
-  return {op.out.template ptr<float>(), op.out.stride[0], op.out.shape[1],
-          op.bias.defined() ? op.bias.template ptr<const float>() : nullptr};
+auto output_of(const Op& op) {
+  const int64_t stride = op.out.stride[0], width = op.out.shape[1];
+  if constexpr (requires { op.bias; }) {
+    const float* bias = op.bias.defined() ? op.bias.template ptr<const float>() : nullptr;
+    return TileOutput{op.out.template ptr<float>(), stride, width, bias};
+  } else {
+    return GatedTileOutput{op.out.template ptr<float>(), stride, width};
+  }
 }
 
 template <class Op>
@@ -86,29 +91,35 @@ void multiply_quantized(const Op& op, const int32_t* order, const DequantizedPan
   multiply_one_token(rows_of(op, order), op.workspace.template ptr<float>(), weights, output_of(op));
 }
 
-void linear(const Linear& op, const OpContext& context) {
+template <class Op>
+void linear(const Op& op, const OpContext& context) {
   if (op.packed.dtype != DType::bf16) return run_below(op, context);
   check_linear(op);
-  multiply(op, nullptr, PackedPanels{op.packed.ptr<const bf16>(), op.x.shape[1]});
+  multiply(op, nullptr, PackedPanels{op.packed.template ptr<const bf16>(), op.x.shape[1]});
 }
 
-void linear_int4(const LinearInt4& op, const OpContext& context) {
+template <class Op>
+void linear_int4(const Op& op, const OpContext& context) {
   if (op.activation_bits != 16) return run_below(op, context);
   const auto [form, panels, order] = check_int4(op);
-  multiply_quantized(
-      op, order, DequantizedPanels<4>{panels, op.packed.ptr<const uint8_t>(), form == Int4Form::zero_points});
+  const auto* packed = op.packed.template ptr<const uint8_t>();
+  multiply_quantized(op, order, DequantizedPanels<4>{panels, packed, form == Int4Form::zero_points});
 }
 
-void linear_int8(const LinearInt8& op, const OpContext& context) {
+template <class Op>
+void linear_int8(const Op& op, const OpContext& context) {
   if (op.activation_bits != 16) return run_below(op, context);
-  multiply_quantized(op, nullptr,
-                     DequantizedPanels<8>{check_int8(op), op.packed.ptr<const uint8_t>(), false});
+  const auto* packed = op.packed.template ptr<const uint8_t>();
+  multiply_quantized(op, nullptr, DequantizedPanels<8>{check_int8(op), packed, false});
 }
 
 }  // namespace
 
-FS_REGISTER_CPU(Linear, linear, kWeights)
-FS_REGISTER_CPU(LinearInt4, linear_int4, DType::u8)
-FS_REGISTER_CPU(LinearInt8, linear_int8, DType::u8)
+FS_REGISTER_CPU(Linear, linear<Linear>, kWeights)
+FS_REGISTER_CPU(LinearGated, linear<LinearGated>, kWeights)
+FS_REGISTER_CPU(LinearInt4, linear_int4<LinearInt4>, DType::u8)
+FS_REGISTER_CPU(LinearInt4Gated, linear_int4<LinearInt4Gated>, DType::u8)
+FS_REGISTER_CPU(LinearInt8, linear_int8<LinearInt8>, DType::u8)
+FS_REGISTER_CPU(LinearInt8Gated, linear_int8<LinearInt8Gated>, DType::u8)
 
 }  // namespace fs::FS_ISA

@@ -76,9 +76,9 @@ template <int kBits>
 }
 
 // rows.count is 1.
-template <int kBits>
+template <int kBits, class Output>
 void multiply_one_token(const Rows& rows, float* workspace, const DequantizedPanels<kBits>& weights,
-                        const TileOutput& output) {
+                        const Output& output) {
   const float* x = round_token(workspace, rows);
   const int64_t depth = weights.panels.padded_depth();
   const auto range = [&](Span panels, Span) {
@@ -88,7 +88,7 @@ void multiply_one_token(const Rows& rows, float* workspace, const DequantizedPan
         const SubnormalsAreZero scope;
         sum_panel<kBits>(sums, weights, x, panel);
       }
-      output.write(sums, panel, 0, 1);
+      output.write(sums, panel, 0, 0, 1);
     }
   };
   for_panel_ranges(weights.panels.num_panels(), 1, depth * int64_t{sizeof(float)}, kPanelRows * depth, 1,

@@ -8,13 +8,14 @@
 #pragma once
 
 #include "cpu/amx/token_tiles.h"
+#include "cpu/gate.h"
 #include "cpu/linear_tile.h"  // FS_INLINE
 #include "cpu/panel_ranges.h"
 
 namespace fs::FS_ISA {
 
-// 36 KB of weights in L1, which activations pass by (TileProduct::multiply). With few tokens, while chunks are
-// made more often than multiplied, half of it is faster.
+// 36 KB of weights in L1, which activations pass by (TileProduct::multiply). With few tokens, while chunks
+// are made more often than multiplied, half of it is faster.
 inline constexpr int64_t kMaxChunkBlocks = 18;
 constexpr int64_t chunk_blocks(int64_t num_pairs) {
   return num_pairs > 2 ? kMaxChunkBlocks : kMaxChunkBlocks / 2;
@@ -29,21 +30,25 @@ struct TileOutput {
   int64_t stride, num_rows;
   const float* bias;
 
+  int64_t num_panels() const { return fs::num_panels(num_rows); }
+
   // Sums of a whole panel as they are need not be put aside on their way.
   bool takes_sums_of(int64_t panel) const {
     return bias == nullptr && num_rows - panel * kPanelRows >= kPanelRows;
   }
-  float* at(int64_t panel, int64_t token) const { return out + token * stride + panel * kPanelRows; }
+  void take_sums(TileProduct& product, int64_t panel, int64_t token) const {
+    product.store(out + token * stride + panel * kPanelRows, stride);
+  }
 
-  // Tokens [token, token + count) of a panel.
-  void write(const TileSums& sums, int64_t panel, int64_t token, int count) const {
+  // Rows [begin, end) of the sums that begin with the one of `token`.
+  void write(const TileSums& sums, int64_t panel, int64_t token, int begin, int end) const {
     for (int half = 0; half < 2; ++half) {
       const int64_t n = panel * kPanelRows + half * kTileRows, rest = num_rows - n;
       if (rest <= 0) return;
       const int width = rest < kTileRows ? static_cast<int>(rest) : kTileRows;
       vf offset = zero();
       if (bias != nullptr) offset = width == kTileRows ? load(bias + n) : load_first(bias + n, width);
-      for (int t = 0; t < count; ++t) {
+      for (int t = begin; t < end; ++t) {
         vf sum = load(sums.row(t, half));
         if (bias != nullptr) sum = sum + offset;
         float* to = out + (token + t) * stride + n;
@@ -57,17 +62,67 @@ struct TileOutput {
   }
 };
 
+// The upper tiles of a panel's results have the gate, the lower ones what it gates.
+template <class T>
+struct GatedTileOutput {
+  T* out;
+  int64_t stride, width;
+
+  int64_t num_panels() const { return width / kTileRows; }
+  bool takes_sums_of(int64_t) const { return false; }
+  void take_sums(TileProduct&, int64_t, int64_t) const {}
+  void write(const TileSums& sums, int64_t panel, int64_t token, int begin, int end) const {
+    for (int t = begin; t < end; ++t) {
+      store(out + (token + t) * stride + panel * kTileRows,
+            gated(load(sums.row(t, 0)), load(sums.row(t, 1))));
+    }
+  }
+};
+
+// Takes sums out of the tile registers and writes them a few rows at a time, beside the next products.
+template <class Output>
+class TileWriter {
+ public:
+  explicit TileWriter(const Output& output) : output_(output) {}
+
+  void take(TileProduct& product, int64_t panel, int64_t token, int count) {
+    if (output_.takes_sums_of(panel)) return output_.take_sums(product, panel, token);
+    finish();
+    product.store(sums_);
+    panel_ = panel;
+    token_ = token;
+    next_ = 0;
+    count_ = count;
+  }
+  [[gnu::always_inline]] void some() {
+    if (next_ < count_) write(next_ + 2 < count_ ? next_ + 2 : count_);
+  }
+  void finish() {
+    if (next_ < count_) write(count_);
+  }
+
+ private:
+  [[gnu::always_inline]] void write(int end) {
+    output_.write(sums_, panel_, token_, next_, end);
+    next_ = end;
+  }
+
+  const Output output_;
+  int64_t panel_ = 0, token_ = 0;
+  int next_ = 0, count_ = 0;
+  TileSums sums_;
+};
+
 // weights.chunk(panel, blocks, buffer): where the weights of a panel for a Span of blocks are, the buffer or
 // their own place; Weights::Maker(weights, panel).next(to): puts one block after the other there, or asks
 // memory for it; kMadeInPlace: `to` must be free of the chunk before.
-template <class Weights>
+template <class Weights, class Output>
 class ProductRange {
  public:
-  ProductRange(const TokenTiles& x, const Weights& weights, const TileOutput& output, Span panels,
-               Span tokens)
+  ProductRange(const TokenTiles& x, const Weights& weights, const Output& output, Span panels, Span tokens)
       : x_(x),
         weights_(weights),
-        output_(output),
+        writer_(output),
         maker_(weights, panels.begin),
         panels_(panels),
         tokens_(tokens),
@@ -84,6 +139,7 @@ class ProductRange {
       multiply(chunk);
       chunk = next_;
     }
+    writer_.finish();
   }
 
  private:
@@ -111,6 +167,7 @@ class ProductRange {
     const int64_t num_steps = (num_pairs_ - first_making) * chunk.blocks.size();
     int64_t made = next_.blocks.begin, due = 0, pair = 0;
     const auto between = [&]() FS_INLINE {
+      writer_.some();
       if (pair < first_making) return;
       for (due += next_.blocks.size(); due >= num_steps; due -= num_steps) make(next_, made++);
     };
@@ -126,7 +183,7 @@ class ProductRange {
       product_.multiply(weights, x_.at(token, chunk.blocks.begin),
                         x_.at(token + kTileRows, chunk.blocks.begin), chunk.blocks.size(), between);
       if (is_last) {
-        write(sums_[pair], chunk.panel, token, num_tokens);
+        writer_.take(product_, chunk.panel, token, num_tokens);
       } else if (num_pairs_ > 1) {
         product_.store(sums_[pair]);
       }
@@ -134,15 +191,9 @@ class ProductRange {
     while (made < next_.blocks.end) make(next_, made++);
   }
 
-  void write(TileSums& sums, int64_t panel, int64_t token, int num_tokens) {
-    if (output_.takes_sums_of(panel)) return product_.store(output_.at(panel, token), output_.stride);
-    product_.store(sums);
-    output_.write(sums, panel, token, num_tokens);
-  }
-
   const TokenTiles& x_;
   const Weights& weights_;
-  const TileOutput& output_;
+  TileWriter<Output> writer_;
   typename Weights::Maker maker_;
   const Span panels_, tokens_;
   const int64_t num_pairs_, chunks_per_panel_;
@@ -152,18 +203,18 @@ class ProductRange {
   WeightChunk buffer_;
 };
 
-template <class Weights>
-void multiply_on_tiles(const TokenTiles& x, const Weights& weights, const TileOutput& output) {
+template <class Weights, class Output>
+void multiply_on_tiles(const TokenTiles& x, const Weights& weights, const Output& output) {
   constexpr int64_t kTokenBytes = 1024 * 1024;  // of the activations of a block of tokens, which stay in L2
-  constexpr int64_t kMaxPairs = ProductRange<Weights>::kMaxPairs;
+  constexpr int64_t kMaxPairs = ProductRange<Weights, Output>::kMaxPairs;
   const int64_t pair_bytes = x.num_blocks * kTileDepth * kTileTokens * int64_t{sizeof(bf16)};
   constexpr int64_t kLeastBytes = kTokenBytes / kMaxPairs;
   const auto range = [&](Span panels, Span pairs) {  // whole pairs: a tile has one place
     const int64_t end = pairs.end * kTileTokens;
     const Span tokens{pairs.begin * kTileTokens, end < x.num_tokens ? end : x.num_tokens};
-    ProductRange<Weights>(x, weights, output, panels, tokens).run();
+    ProductRange<Weights, Output>(x, weights, output, panels, tokens).run();
   };
-  for_panel_ranges(num_panels(output.num_rows), (x.num_tokens + kTileTokens - 1) / kTileTokens,
+  for_panel_ranges(output.num_panels(), (x.num_tokens + kTileTokens - 1) / kTileTokens,
                    pair_bytes > kLeastBytes ? pair_bytes : kLeastBytes,
                    kTileTokens * kPanelRows * x.num_blocks * kTileDepth, 1, range, kTokenBytes);
 }

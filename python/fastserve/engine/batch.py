@@ -159,10 +159,12 @@ class StepBuffers:
         config: ModelConfig,
         dtype: torch.dtype,
         linears: list[Linear],
+        gate_up_width: int,
         max_num_tokens: int,
         max_logit_rows: int,
     ) -> None:
-        """`dtype` is that of the activations; logits are always float32."""
+        """`dtype` is that of the activations; logits are always float32. gate_up_width: what gate and up projections
+        write before they become one, 0 if they never do."""
         width, head = config.hidden_size, config.head_dim
         self.max_logit_rows = max_logit_rows
         self.num_q, self.num_kv = config.num_heads * head, config.num_kv_heads * head
@@ -176,7 +178,7 @@ class StepBuffers:
         self.sublayer_out = floats(max_num_tokens, width)
         self.qkv = floats(max_num_tokens, self.num_q + 2 * self.num_kv)
         self.attention = floats(max_num_tokens, self.num_q)
-        self.gate_up = floats(max_num_tokens, 2 * config.intermediate_size)
+        self.gate_up = floats(max_num_tokens, gate_up_width)
         self.gated = floats(max_num_tokens, config.intermediate_size)
         self.logit_rows = floats(max_logit_rows, width)
         self.logit_residual = floats(max_logit_rows, width)

@@ -69,6 +69,8 @@ class Device(Protocol):
     has_int4: bool  # linear_int4 runs here, and packed_int4_shape works
     has_int8: bool  # the same of linear_int8 and packed_int8_shape
 
+    has_gated: bool  # linear_gated and its int4 and int8 forms run here
+
     def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
         """The shape of what `pack_int4` makes of codes [num_rows, depth]."""
 
@@ -121,7 +123,7 @@ class CpuDevice:
     linear_counters = None
     has_graphs = True
     graphs_fix_shapes = False
-    has_int4 = has_int8 = True
+    has_int4 = has_int8 = has_gated = True
     stage_generation = 0
 
     def __init__(self, num_threads: int | None) -> None:
@@ -224,7 +226,7 @@ class CudaDevice:
     rows_per_warp = 16
     rows_per_token_read = 64
     has_graphs = graphs_fix_shapes = True
-    has_int4, has_int8 = True, False
+    has_int4, has_int8, has_gated = True, False, False
     activation_bits: tuple[int, ...] = (16,)
 
     def __init__(self, exact: bool, index: int = 0) -> None:

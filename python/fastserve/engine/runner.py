@@ -56,6 +56,7 @@ class ModelRunner:
                 self.model_config,
                 self.device.activation_dtype(dtype),
                 list(self.model.linears()),
+                self.model.gate_up_width,
                 config.max_num_batched_tokens,
                 max_logit_rows,
             )

@@ -20,6 +20,7 @@ from fastserve.layers import (
     Linear,
     Precision,
     RMSNorm,
+    can_gate,
     make_int4_linear,
     make_linear,
     num_bytes,
@@ -109,6 +110,11 @@ class Model:
         layers = sum(layer.num_bytes for layer in self.layers)
         return layers + self.embedding.num_bytes + self.lm_head.num_bytes + num_bytes(self.cos_sin)
 
+    @property
+    def gate_up_width(self) -> int:
+        """Of what the layers write to `StepViews.gate_up`; 0: nothing."""
+        return max((layer.gate_up_width for layer in self.layers), default=0)
+
     def linears(self) -> Iterator[Linear]:
         for layer in self.layers:
             yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
@@ -147,7 +153,7 @@ class Layer:
         self.post_norm = weights.norm(prefix + "post_attention_layernorm.weight", width, config.rms_norm_eps)
         self.qkv = weights.linear(*linears["qkv"], config.qkv_bias)
         self.o = weights.linear(*linears["o"], config.o_bias)
-        self.gate_up = weights.linear(*linears["gate_up"], config.mlp_bias)
+        self.gate_up = weights.linear(*linears["gate_up"], config.mlp_bias, is_gated=True)
         self.down = weights.linear(*linears["down"], config.mlp_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
@@ -160,6 +166,11 @@ class Layer:
     @property
     def num_bytes(self) -> int:
         return sum(linear.num_bytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+
+    @property
+    def gate_up_width(self) -> int:
+        """Of what it writes to `StepViews.gate_up`; 0: nothing."""
+        return 0 if self.gate_up.is_gated else self.gate_up.out_features
 
     def forward(self, batch: Batch, cache: torch.Tensor, cos_sin: torch.Tensor, views: StepViews) -> None:
         residual, normed, out, workspace = views.residual, views.normed, views.sublayer_out, views.workspace
@@ -179,8 +190,11 @@ class Layer:
         )  # fmt: skip
         self.o(out, views.attention, workspace)
         self.post_norm(normed, out, residual)
-        self.gate_up(views.gate_up, normed, workspace)
-        self.ops.silu_mul(views.gated, views.gate_up)
+        if self.gate_up.is_gated:
+            self.gate_up(views.gated, normed, workspace)
+        else:
+            self.gate_up(views.gate_up, normed, workspace)
+            self.ops.silu_mul(views.gated, views.gate_up)
         self.down(out, views.gated, workspace)
 
 
@@ -217,18 +231,20 @@ class Weights:
             if self.quantized is not None and (self.is_int4(name) or self.is_int8(name)):
                 self.quantized.check_headers(name, rows, in_features)
 
-    def linear(self, parts: Parts, in_features: int, bias: bool) -> Linear:
-        """Projections of the same input as one Linear, their outputs side by side in the order given."""
+    def linear(self, parts: Parts, in_features: int, bias: bool, is_gated: bool = False) -> Linear:
+        """Projections of the same input as one Linear, their outputs side by side in the order given; `is_gated`: a
+        gated one for a gate and what it gates, if that can be."""
+        is_gated = is_gated and can_gate(self.device, parts[0][1], bias)
         biases = [self.take(f"{name}.bias", (rows,)) for name, rows in parts] if bias else []
         bits, joined = self.precision.activation_bits, torch.cat(biases) if bias else None
         if self.precision.keep_int4 and all(self.is_int4(name) for name, _ in parts):
             codes = [self._int4(name, rows, in_features) for name, rows in parts]
-            return make_int4_linear(self.device, codes, biases, bits, parts[0][0])
+            return make_int4_linear(self.device, codes, biases, bits, parts[0][0], is_gated)
         if self.keeps_int8_linears and all(self.is_int8(name) for name, _ in parts):
             weight = Int8Weight.stack([self._int8(name, rows, in_features) for name, rows in parts])
-            return Int8Linear(self.device, weight, joined, bits)
+            return Int8Linear(self.device, weight, joined, bits, is_gated)
         weights = [self._matrix(name, rows, in_features) for name, rows in parts]
-        return make_linear(self.device, torch.cat(weights), joined)
+        return make_linear(self.device, torch.cat(weights), joined, is_gated)
 
     def vocabulary(self, name: str, rows: int, in_features: int) -> torch.Tensor | Int8Weight:
         """The table of the embedding or the head. An int8 one stays so: gathering its rows works on every device."""

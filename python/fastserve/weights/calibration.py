@@ -29,6 +29,7 @@ class RecordingLinear:
     def __init__(self, linear: Linear) -> None:
         self.linear = linear
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.is_gated = linear.is_gated
         self.hessian = torch.zeros((self.in_features, self.in_features))
 
     @property
@@ -82,7 +83,7 @@ class CalibrationText:
     def _run(self, layer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         config, tokens = self.config, self._context
         linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
-        buffers = StepBuffers(self.device, config, torch.float32, linears, tokens, 1)
+        buffers = StepBuffers(self.device, config, torch.float32, linears, layer.gate_up_width, tokens, 1)
         blocks = -(-tokens // BLOCK_SIZE)
         cache = self.device.empty((blocks, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim), torch.float32)
         views = buffers.rows(tokens)

@@ -44,6 +44,10 @@ class Int8Weight:
         _, depth = self.shape
         return self.codes.float().mul_(self.scales.float().repeat_interleave(self.group_size, dim=1)[:, :depth])
 
+    def rows(self, order: torch.Tensor) -> Int8Weight:
+        """Its rows in another order, or some of them."""
+        return Int8Weight(self.codes[order], self.scales[order], self.group_size)
+
     @staticmethod
     def stack(weights: Sequence[Int8Weight]) -> Int8Weight:
         """The rows of several weights of the same inputs and group size under one another."""

@@ -110,6 +110,17 @@ class QuantizedWeight:
             weight = torch.empty_like(weight).index_copy_(1, self.input_order.long(), weight)
         return weight
 
+    def rows(self, order: torch.Tensor) -> QuantizedWeight:
+        """Its rows in another order, or some of them."""
+
+        def picked(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[order]
+
+        return QuantizedWeight(
+            self.codes[order], self.scales[order], self.group_size, picked(self.zero_points), picked(self.minimums),
+            self.input_order,
+        )  # fmt: skip
+
     @staticmethod
     def stack(weights: Sequence[QuantizedWeight], name: str) -> QuantizedWeight:
         """The rows of several weights of the same inputs under one another. They must agree in form, group size and
