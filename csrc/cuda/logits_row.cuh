@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // One row of logits, read by one block of kRowThreads threads: thread i has the quads i, i + kRowThreads, ...
-// of four neighbouring tokens, however the row is aligned. A quad is one 16-byte access and one Philox block.
+// of four neighbouring tokens, however the row is aligned. A quad is one Philox block and one access of 16
+// bytes; in a row that is not aligned to 16 bytes, which every other one is where the vocabulary is odd, one
+// and 1/32.
 #pragma once
 
 #include <cstdint>
@@ -18,39 +20,75 @@ struct Quad {
   float x[4];
 };
 
-struct LogitsRow {
+class LogitsRow {
+ public:
   const float* logits;
   int vocab;
-  bool aligned;  // to 16 bytes
+
+  __device__ __forceinline__ LogitsRow(const float* row, int num_tokens)
+      : logits(row),
+        vocab(num_tokens),
+        lead_(static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(float) % 4)) {}
 
   __device__ __forceinline__ int num_quads() const { return (vocab + 3) / 4; }
 
-  // Past the end of the vocabulary: -infinity.
-  __device__ __forceinline__ Quad quad(int index) const {
-    const int id = 4 * index;
-    if (aligned && id + 4 <= vocab) {
+  // f(quad index, quad) for this thread's quads. All threads of the block call it.
+  template <class F>
+  __device__ __forceinline__ void visit(const F& f) const {
+    if (lead_ == 0) {
+      for (int index = static_cast<int>(threadIdx.x); index < num_quads(); index += kRowThreads)
+        f(index, quad_at<false>(4 * index));
+    } else {
+      visit_by_warps([&](int index, const Quad& quad) {
+        if (index < num_quads()) f(index, quad);
+      });
+    }
+  }
+  // The same, but the lanes of a warp come together, the last time perhaps with quads beyond the row: all
+  // -infinity, as are the tokens past the end of the vocabulary.
+  template <class F>
+  __device__ __forceinline__ void visit_by_warps(const F& f) const {
+    for (int index = static_cast<int>(threadIdx.x); index - lane() < num_quads(); index += kRowThreads)
+      f(index, lead_ == 0 ? quad_at<false>(4 * index) : shifted_quad(index));
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+  // The tokens id to id + 3, which lie at a multiple of 16 bytes; those past the row, or before it, are
+  // -infinity.
+  template <bool kMayBeBefore>
+  __device__ __forceinline__ Quad quad_at(int id) const {
+    const bool begins = !kMayBeBefore || id >= 0;
+    if (begins && id + 4 <= vocab) {
       const float4 all = *reinterpret_cast<const float4*>(logits + id);
       return {{all.x, all.y, all.z, all.w}};
     }
     Quad q;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) q.x[i] = id + i < vocab ? logits[id + i] : kMinusInfinity;
+    for (int i = 0; i < 4; ++i) {
+      q.x[i] = (begins || id + i >= 0) && id + i < vocab ? logits[id + i] : kMinusInfinity;
+    }
     return q;
   }
 
-  // f(quad index, quad) for this thread's quads.
-  template <class F>
-  __device__ __forceinline__ void visit(const F& f) const {
-    for (int index = static_cast<int>(threadIdx.x); index < num_quads(); index += kRowThreads)
-      f(index, quad(index));
+  // A quad that does not begin at a multiple of 16 bytes: its beginning from the lane's own access, the rest
+  // from the next lane's. The same tokens as in an aligned row, so that sums over a row are the same bits.
+  __device__ __forceinline__ Quad shifted_quad(int index) const {
+    const int id = 4 * index - lead_;
+    const Quad own = quad_at<true>(id);
+    Quad next;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) next.x[i] = __shfl_down_sync(kAllLanes, own.x[i], 1);
+    if (lane() == kWarp - 1) next = quad_at<false>(id + 4);
+    const float all[7] = {own.x[0], own.x[1], own.x[2], own.x[3], next.x[0], next.x[1], next.x[2]};
+    Quad q;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q.x[i] = lead_ == 1 ? all[i + 1] : lead_ == 2 ? all[i + 2] : all[i + 3];
+    return q;
   }
-  // The same, but the lanes of a warp come together, the last time perhaps with quads beyond the row.
-  template <class F>
-  __device__ __forceinline__ void visit_by_warps(const F& f) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    for (int index = static_cast<int>(threadIdx.x); index - lane < num_quads(); index += kRowThreads)
-      f(index, quad(index));
-  }
+
+  int lead_;  // floats from the last multiple of 16 bytes to the row
 };
 
 // Orders tokens by logit descending, then id ascending: larger comes first. All keys of a row differ.

@@ -33,7 +33,6 @@ struct SampleArgs {
   int64_t stride;
   int64_t num_rows;
   int vocab;
-  bool aligned;
   const float* temperature;  // these five: nullptr if not given
   const int32_t* top_k;
   const float* top_p;
@@ -209,12 +208,12 @@ __device__ __forceinline__ int draw(const SampleArgs& args, int64_t b, const Log
 
 __device__ __forceinline__ int sample_row(const SampleArgs& args, int64_t b, float* workspace,
                                           Scratch& scratch) {
-  LogitsRow row{args.logits + b * args.stride, args.vocab, args.aligned};
+  LogitsRow row{args.logits + b * args.stride, args.vocab};
   const int padded = (args.vocab + 3) / 4 * 4;
   TokenList list(workspace + padded, args.vocab, scratch.list);
   if (args.changes.any(b)) {
     if (!change_logits(args.changes, b, row, workspace)) return kUnsound;
-    row = LogitsRow{workspace, args.vocab, true};
+    row = LogitsRow{workspace, args.vocab};
   }
   const RowScan found = scan_row(row, scratch.for_scan);
   if (!found.sound) return kUnsound;
@@ -290,7 +289,6 @@ void sample(const Sample& op, const OpContext& context) {
   args.stride = op.logits.stride[0];
   args.num_rows = num_rows;
   args.vocab = static_cast<int>(op.logits.shape[1]);
-  args.aligned = is_aligned(op.logits, 4, 4);
   args.temperature = pointer<float>(op.temperature);
   args.top_k = pointer<int32_t>(op.top_k);
   args.top_p = pointer<float>(op.top_p);

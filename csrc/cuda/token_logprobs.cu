@@ -26,7 +26,6 @@ struct LogprobArgs {
   int64_t stride;
   int64_t num_rows;
   int vocab, num_top;
-  bool aligned;
   const int32_t* token_ids;
   float* workspace;
   int64_t workspace_stride;
@@ -85,7 +84,7 @@ __device__ __forceinline__ void write_top(const LogprobArgs& args, int64_t b, co
 
 __device__ __forceinline__ void logprobs_of_row(const LogprobArgs& args, int64_t b, float* workspace,
                                                 Scratch& scratch) {
-  const LogitsRow row{args.logits + b * args.stride, args.vocab, args.aligned};
+  const LogitsRow row{args.logits + b * args.stride, args.vocab};
   TokenList list(workspace, args.vocab, scratch.list);
   if (threadIdx.x == 0) scratch.top_count = 0;
   const RowScan found = scan_row(row, scratch.for_scan);
@@ -161,7 +160,6 @@ void token_logprobs(const TokenLogprobs& op, const OpContext& context) {
   args.num_rows = num_rows;
   args.vocab = static_cast<int>(vocab);
   args.num_top = static_cast<int>(num_top);
-  args.aligned = is_aligned(op.logits, 4, 4);
   args.token_ids = op.token_ids.ptr<const int32_t>();
   args.workspace = op.workspace.ptr<float>();
   args.workspace_stride = op.workspace.shape[1];

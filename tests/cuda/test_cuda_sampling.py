@@ -12,6 +12,7 @@ from cuda_device import Gpu, SimulatedDevice, find_devices
 
 import op_cases
 from fastserve import _native
+from op_cases import token_logprobs
 from sampling_reference import RowParams, arguments_of
 
 DEVICES = find_devices()[:1]
@@ -94,3 +95,46 @@ def test_token_logprobs_reads_the_logits_twice_and_in_whole_sectors(device: Simu
     logits = arguments["logits"]
     # And each of a row's 1,024 threads looks at the logit of the row's token, which is one sector for all of them.
     assert launch["buffers"]["logits"]["read"] == 2 * logits.numel() * 4 + logits.shape[0] * 4 * (1024 + 1)
+
+
+def staggered(logits: torch.Tensor) -> torch.Tensor:
+    """The same rows, each beginning a float further behind a multiple of 16 bytes than the one before."""
+    rows, vocab = logits.shape
+    wide = torch.full((rows, (vocab + 3) // 4 * 4 + 1), float("nan"))
+    wide[:, :vocab] = logits
+    return wide[:, :vocab]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("vocab", [3, 130, 4100, 6007])
+def test_where_a_row_of_logits_begins_cannot_change_a_bit(device: SimulatedDevice | Gpu, vocab: int) -> None:
+    logits = staggered(torch.randn(1, vocab, generator=torch.Generator().manual_seed(3)).mul(3).expand(4, -1))
+    for filters in FILTERS[:-1]:
+        arguments = arguments_of(logits, [RowParams(**filters, seed=5, position=8)] * 4)
+        device.run("sample", arguments)
+        assert len(set(arguments["token_ids"].tolist())) == 1, filters
+        assert arguments["token_ids"][0] >= 0
+    arguments = token_logprobs.arguments_of(logits, [vocab - 1] * 4, min(vocab, 20))
+    device.run("token_logprobs", arguments)
+    for name in ("logprobs", "ranks", "top_ids", "top_logprobs"):
+        assert torch.equal(arguments[name], arguments[name][:1].expand_as(arguments[name])), name
+    assert not arguments["logprobs"].isnan().any()
+
+
+@pytest.mark.parametrize("device", [d for d in DEVICES if isinstance(d, SimulatedDevice)], ids=lambda d: d.name)
+def test_unaligned_rows_of_logits_are_read_in_nearly_whole_sectors(device: SimulatedDevice) -> None:
+    vocab = 49_153  # three rows of four begin at no multiple of 16 bytes
+    logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(5)) * 4
+    sampled = arguments_of(logits, [RowParams(temperature=1.0, seed=1, top_k=40)] * 4)
+    device.run("sample", sampled)
+    (launch,) = device.counters()
+    # Of 32 accesses of 16 bytes that begin in the middle of a sector one more is touched, and the last lane looks
+    # beyond its own.
+    assert launch["global"]["load"]["sectors"] <= 1.1 * 2 * logits.numel() * 4 / 32
+    here = arguments_of(logits, [RowParams(temperature=1.0, seed=1, top_k=40)] * 4)
+    _native.ops.sample(**here)
+    assert sampled["token_ids"].tolist() == here["token_ids"].tolist()
+
+    device.run("token_logprobs", token_logprobs.arguments_of(logits, [7, 49_152, 0, 1], 20))
+    (launch,) = device.counters()
+    assert launch["global"]["load"]["sectors"] <= 1.1 * 2 * logits.numel() * 4 / 32
