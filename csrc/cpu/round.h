@@ -8,7 +8,7 @@
 namespace fs::FS_ISA {
 
 inline void store(bf16* p, vf x) {
-#if defined(FS_SIMD_AVX512)
+#if defined(FS_SIMD_AVX512) && !defined(FS_SIMD_EMULATED)
   const __m512i bits = _mm512_castps_si512(x.v), upper = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
   const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
