@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastserve import SamplingParams, _native
+from fastserve import RequestOutput, SamplingParams, _native
 from fastserve.config import EngineConfig
 from fastserve.engine.device import CpuDevice
 from fastserve.engine.engine import Engine
@@ -93,6 +93,32 @@ def test_replay_computes_the_bits_of_the_calls(model_dir: Path, two_threads: Non
     assert len(replayed) == len(eager)
     for a, b in zip(replayed, eager, strict=True):
         assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def outputs_of_long_prompts(runner: ModelRunner, params: SamplingParams) -> list[RequestOutput]:
+    engine = Engine(runner.config, runner, time.monotonic)
+    for i, length in enumerate((64, 200, 63, 1, 131)):
+        engine.add_request(str(i), [(5 * i + 3 * j) % 90 + 5 for j in range(length)], params)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    engine.scheduler.check()
+    return sorted((output for output in outputs if output.finished), key=lambda output: output.request_id)
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])
+def test_full_steps_replay_one_forward_pass(model_dir: Path, two_threads: None, prompt_logprobs: int | None) -> None:
+    """Steps of as many tokens as the budget has, in which some, one or none of the requests sample."""
+    device = CountingDevice(2)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2, prompt_logprobs=prompt_logprobs)
+    replayed = outputs_of_long_prompts(ModelRunner(model_dir, CONFIG, device=device), params)
+    eager = outputs_of_long_prompts(ModelRunner(model_dir, CONFIG, device=EagerDevice(2)), params)
+    assert device.num_replays >= 7 + 5 - 1  # 459 tokens of prompts are 7 full steps; then decodes
+    assert device.num_captures <= 6  # the forward pass of a full step, and decodes of 1 to 5 rows
+    for a, b in zip(replayed, eager, strict=True):
+        assert a.outputs[0].token_ids == b.outputs[0].token_ids
+        assert a.outputs[0].logprobs == b.outputs[0].logprobs
+        assert a.prompt_logprobs == b.prompt_logprobs
 
 
 def test_recordings_are_few_and_small(model_dir: Path, two_threads: None) -> None:

@@ -38,20 +38,30 @@ class Batch:
     Requests stand depth-first in the tree of the prefixes that they share, not in the plan's order: so the readers of
     a prefix are neighbours, and attention reads it once for all of them. No result depends on the order of rows.
 
-    `graph_key`: what a recording of this step depends on; None if it is not to be recorded.
+    `graph_key`: what a recording of this step depends on; None if it is not to be recorded. `forward_key`: the same of
+    its forward pass, without the logits.
     """
 
-    def __init__(self, builder: BatchBuilder, memory: torch.Tensor, num_rows: int, graph_key: Hashable | None) -> None:
+    def __init__(
+        self,
+        builder: BatchBuilder,
+        memory: torch.Tensor,
+        num_rows: int,
+        graph_key: Hashable | None,
+        forward_key: Hashable | None,
+    ) -> None:
         self._builder = builder
         self._memory = memory
         self.num_rows = num_rows  # the step's tokens; if recorded, perhaps with padding that nobody reads
         self.graph_key = graph_key
+        self.forward_key = forward_key
 
     # Made when asked for: a step that is replayed needs none of them.
 
     @cached_property
     def _tensors(self) -> list[torch.Tensor]:
-        return self._builder.device.views(self._memory, self._builder.arrays, recorded=self.graph_key is not None)
+        recorded = self.graph_key is not None or self.forward_key is not None
+        return self._builder.device.views(self._memory, self._builder.arrays, recorded=recorded)
 
     @property
     def token_ids(self) -> torch.Tensor:
@@ -75,7 +85,8 @@ class Batch:
 
     @property
     def sample_rows(self) -> torch.Tensor:
-        """int32, the last row of each item that samples, in the plan's order"""
+        """int32, the last row of each item that samples, in the plan's order; if none does, perhaps one without
+        meaning"""
         return self._tensors[4]
 
     @cached_property
@@ -97,10 +108,13 @@ class BatchBuilder:
     """Makes Batches; keeps what is the same for all steps.
 
     `windows` are the distinct attention windows of the model's layers, 0 for none. On a device with graphs a step of
-    decodes alone, of at most `max_decodes` requests, can be recorded.
+    decodes alone, of at most `max_decodes` requests, can be recorded; and if graphs take arrays of other shapes than
+    they were made with, so can the forward pass of any step of `full_rows` tokens: full steps follow one another.
     """
 
-    def __init__(self, device: Device, config: ModelConfig, block_size: int, max_decodes: int) -> None:
+    def __init__(
+        self, device: Device, config: ModelConfig, block_size: int, max_decodes: int, full_rows: int = 0
+    ) -> None:
         self.device = device
         self.config = config
         self.span = ATTENTION_SPAN * block_size
@@ -118,6 +132,7 @@ class BatchBuilder:
             max_decodes=max_decodes if device.has_graphs else 0,
             fixed_shapes=device.graphs_fix_shapes,
         )
+        self._full_rows = full_rows if device.has_graphs and not device.graphs_fix_shapes else 0
         self.workspace = device.empty((0,), torch.float32)
         self.counters = device.upload(torch.zeros(0, dtype=torch.int32))
         self._num_floats = self._num_counters = 0  # theirs
@@ -128,7 +143,9 @@ class BatchBuilder:
         key, num_rows, size, num_slots, num_merges = arrays.build(plan.items, self.device.attention_workers)
         self._reserve(num_slots, num_merges)
         memory = self.device.stage(arrays, size)
-        return Batch(self, memory, num_rows, key and (key, self._generation, self.device.stage_generation))
+        memories = (self._generation, self.device.stage_generation)
+        forward_key = ("forward", num_rows, memories) if key is None and num_rows == self._full_rows else None
+        return Batch(self, memory, num_rows, key and (key, memories), forward_key)
 
     def _reserve(self, num_slots: int, num_merges: int) -> None:
         """Room for the attention of a step. One workspace serves all layers: they run one after another."""

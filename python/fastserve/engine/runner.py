@@ -73,7 +73,9 @@ class ModelRunner:
         shape = (self.memory_plan.num_blocks, 2, m.num_kv_heads, config.block_size, m.head_dim)
         self.kv_cache = [self.device.empty(shape, kv_dtype) for _ in range(m.num_layers)]
         self.pages = PagesAhead(self.kv_cache)
-        self.batches = BatchBuilder(self.device, m, config.block_size, max_logit_rows)
+        self.batches = BatchBuilder(
+            self.device, m, config.block_size, max_logit_rows, full_rows=config.max_num_batched_tokens
+        )
         self.graphs = StepGraphs(self.device, self.batches.arrays)
         self.sampler = Sampler(self.device, m.vocab_size, max_logit_rows, self.eos_token_ids)
 
@@ -115,12 +117,16 @@ class ModelRunner:
         batch = self.batches.build(plan)
         views = self.buffers.rows(batch.num_rows)
         if batch.graph_key is not None:  # decodes alone
-            self.graphs.run(batch.graph_key, lambda: self._compute(batch, views))
+            self.graphs.run(batch.graph_key, lambda: self._forward_and_logits(batch, views))
             return list(self._sample([item.request for item in plan.items]))
-        self._compute(batch, views)
+        if batch.forward_key is not None:  # a full step
+            self.graphs.run(batch.forward_key, lambda: self._forward(batch, views))
+        else:
+            self._forward(batch, views)
         results: list[SampledToken | None] = [None] * len(plan.items)
         sampling = [index for index, item in enumerate(plan.items) if item.sample]
         if sampling:  # never more than max_num_seqs, which is what the logits buffer holds
+            self.model.logits(batch.sample_rows, views, self.buffers)
             tokens = self._sample([plan.items[index].request for index in sampling])
             for index, token in zip(sampling, tokens, strict=True):
                 results[index] = token
@@ -134,11 +140,14 @@ class ModelRunner:
     def _sample(self, requests: list[Request]) -> list[SampledToken]:
         return self.sampler.sample(self.buffers.float_logits(len(requests)), requests)
 
-    def _compute(self, batch: Batch, views: StepViews) -> None:
-        """Queues the step: hidden states of all rows into `views`, logits of the rows that sample into the buffers."""
+    def _forward(self, batch: Batch, views: StepViews) -> None:
+        """Queues the hidden states of all rows, into `views`."""
         self.model.forward(batch, self.kv_cache, views)
-        if batch.sample_rows.shape[0] > 0:
-            self.model.logits(batch.sample_rows, views, self.buffers)
+
+    def _forward_and_logits(self, batch: Batch, views: StepViews) -> None:
+        """And the logits of the rows that sample, into the buffers."""
+        self._forward(batch, views)
+        self.model.logits(batch.sample_rows, views, self.buffers)
 
     def _logits(self, rows: list[int], views: StepViews) -> torch.Tensor:
         self.model.logits(self.device.upload(torch.tensor(rows, dtype=torch.int32)), views, self.buffers)

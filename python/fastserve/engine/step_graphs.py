@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded steps. A decode step is hundreds of op calls: on a GPU a CUDA graph queues them as one, on a CPU a native
-recording runs them in one call."""
+"""Recorded steps. A step is hundreds of op calls: on a GPU a CUDA graph queues those of decodes as one, on a CPU a
+native recording runs them, and those of a full step, in one call."""
 
 from __future__ import annotations
 
