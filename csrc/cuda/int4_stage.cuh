@@ -36,6 +36,12 @@ struct Operands {
   bool vector_out;  // rows of out can be stored 16 bytes at a time
 };
 
+// Plain: without zero points, and K in whole units. Code that knows this has fewer cases to tell apart.
+template <class T>
+__device__ __forceinline__ bool is_plain(const Operands<T>& op) {
+  return !op.zero_points && op.depth % kStripeDepth == 0;
+}
+
 // What lies where in one stage of the ring.
 template <int kTiles, int kGroup>
 struct Stage {
@@ -99,7 +105,7 @@ __device__ __forceinline__ void copy_async_if(bool wanted, uint32_t to, const vo
 
 // Starts the copies of one thread, unit after unit of its half of a part. Addresses are kept as pointers that
 // move on, so that a copy costs little more than itself.
-template <class T, int kTiles, int kGroup, bool kMinimums, bool kHasPanel>
+template <class T, int kTiles, int kGroup, bool kMinimums, bool kHasPanel, bool kPlain>
 class Copier {
   using Layout = Stage<kTiles, kGroup>;
 
@@ -108,14 +114,17 @@ class Copier {
   __device__ __forceinline__ Copier(const Operands<T>& op, const Place& place, uint32_t ring, int unit,
                                     int end, int first_row, const uint8_t* panel, uint64_t policy)
       : policy_(policy), units_left_(end - unit) {
-    const int row = place.in_half / kRowChunks, chunk = place.in_half % kRowChunks;
+    const int row = place.in_half / kLaneChunks, chunk = place.in_half % kLaneChunks;
     // K is padded to half a unit: the last unit may have half of its codes, and fewer inputs.
     last_is_half_ = end * kCodeBytes > op.scales_at ? 1 : 0;
-    last_has_none_ = (end - 1) * kStripeDepth + chunk * 8 >= op.depth ? 1 : 0;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
+    for (int i = 0; i < kPieces; ++i) {
+      last_has_none_[i] = (end - 1) * kStripeDepth + (chunk + i * kLaneChunks) * 8 >= op.depth ? 1 : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
       // Rows that do not exist are read as the last one; their sums are not stored.
-      const int wanted = first_row + row + i * 8;
+      const int wanted = first_row + row + i * kRowStep;
       rows_[i] = op.x + (wanted < op.num_rows ? wanted : op.num_rows - 1) * op.x_stride +
                  unit * kStripeDepth + chunk * 8;
     }
@@ -127,8 +136,8 @@ class Copier {
       const bool is_scale = place.lane < 16;
       const int piece = place.lane % 16;
       const int pieces = Layout::kGroups * (is_scale || kMinimums ? 4 : 2);  // zero points are bytes
-      has_scale_ = piece < pieces && (is_scale || kMinimums || op.zero_points);
-      scale_step_ = pieces * 16;
+      has_scale_ = piece < pieces && (is_scale || kMinimums || (!kPlain && op.zero_points));
+      if constexpr (!kSameSteps) scale_step_ = pieces * 16;
       scales_ = panel + (is_scale ? op.scales_at : op.offsets_at) +
                 (static_cast<int64_t>(unit) * pieces + piece) * 16;
       to_scales_ = ring + static_cast<uint32_t>((is_scale ? Layout::kScales : Layout::kOffsets) +
@@ -138,42 +147,58 @@ class Copier {
 
   // The unit `ahead` of the next one, into the stage at `slot`, an offset in the ring.
   __device__ __forceinline__ void copy(uint32_t slot, int ahead) {
-    const bool has_inputs = units_left_ - ahead > last_has_none_;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      // The swizzle has a period of eight rows.
-      copy_async(slot + to_x_ + static_cast<uint32_t>(i * 8 * kRowChunks * kChunkBytes),
-                 rows_[i] + ahead * kStripeDepth, has_inputs);
+    for (int i = 0; i < kRows * kPieces; ++i) {
+      // The swizzle has a period of eight rows and of eight chunks.
+      const int at = i / kPieces, piece = i % kPieces;
+      copy_async(slot + to_x_ +
+                     static_cast<uint32_t>((at * kRowStep * kRowChunks + piece * kLaneChunks) * kChunkBytes),
+                 rows_[at] + ahead * kStripeDepth + piece * kLaneChunks * 8,
+                 units_left_ - ahead > (kPlain ? 0 : last_has_none_[piece]));
     }
     if constexpr (kHasPanel) {
-      const bool has_codes = units_left_ - ahead > 0, has_all_codes = units_left_ - ahead > last_is_half_;
+      const bool has_codes = units_left_ - ahead > 0;
+      const bool has_all_codes = units_left_ - ahead > (kPlain ? 0 : last_is_half_);
 #pragma unroll
       for (int i = 0; i < kCodeBytes / 512; ++i) {
         copy_async(slot + to_codes_ + static_cast<uint32_t>(i * 512), codes_ + ahead * kCodeBytes + i * 512,
                    i * 512 < kCodeBytes / 2 ? has_codes : has_all_codes, policy_);
       }
       if constexpr (kGroup != 0) {
-        copy_async_if(has_scale_ && has_codes, slot + to_scales_, scales_, policy_);
-        scales_ += scale_step_;
+        copy_async_if(has_scale_ && has_codes, slot + to_scales_,
+                      scales_ + (kSameSteps ? ahead * kScaleStep : 0), policy_);
+        if constexpr (!kSameSteps) scales_ += scale_step_;
       }
     }
   }
-  // Past so many units; their scales' addresses have moved already.
+  // Past so many units. Where scales and zero points take steps of their own, these have been taken.
   __device__ __forceinline__ void advance(int units) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) rows_[i] += units * kStripeDepth;
+    for (int i = 0; i < kRows; ++i) rows_[i] += units * kStripeDepth;
     if constexpr (kHasPanel) codes_ += units * kCodeBytes;
+    if constexpr (kHasPanel && kGroup != 0 && kSameSteps) scales_ += units * kScaleStep;
     units_left_ -= units;
   }
   // Of those to be copied; negative once zeros are.
   __device__ __forceinline__ int units_left() const { return units_left_; }
 
  private:
-  const T* rows_[kTiles];
+  // All lanes' pieces of scales and minimums are as far from one unit to the next; zero points are bytes.
+  static constexpr bool kSameSteps = kMinimums || kPlain;
+  static constexpr int kScaleStep = Layout::kGroups * 64;
+
+  // A thread copies one or two chunks, half a row apart, of every eighth or sixteenth row: with two there are
+  // half as many pointers to move on.
+  static constexpr int kPieces = kTiles > 1 ? 2 : 1;
+  static constexpr int kLaneChunks = kRowChunks / kPieces;
+  static constexpr int kRowStep = kHalfThreads / kLaneChunks;
+  static constexpr int kRows = kTiles * 8 / kRowStep;
+
+  const T* rows_[kRows];
   const uint8_t* codes_;
   const uint8_t* scales_ = nullptr;
   uint32_t to_x_, to_codes_, to_scales_ = 0;
-  int last_has_none_, last_is_half_;  // 1: in the last unit this thread copies none, the first half
+  int last_has_none_[kPieces], last_is_half_;  // 1: in the last unit there are no such inputs, half the codes
   int scale_step_ = 0;
   bool has_scale_ = false;
   uint64_t policy_;
@@ -183,11 +208,11 @@ class Copier {
 template <int kTiles>
 using Sums = float[kBlocksOf16][kTiles][4];
 
-// Adds one unit of K to `sums`: for kGroup = 0 the bare products, else scaled. `x_sums` is for kGroup = 0
-// with minimums only.
-template <class T, int kTiles, int kGroup, bool kMinimums>
+// Adds one unit of K to `sums`, in steps of codes: for kGroup = 0 the bare products, else scaled. `x_sums` is
+// for kGroup = 0 with minimums only.
+template <class T, int kTiles, int kGroup, bool kMinimums, bool kPlain>
 __device__ __forceinline__ void multiply_unit(Sums<kTiles>& sums, float (&x_sums)[kTiles][4],
-                                              MinusZero<T> (&zeros)[kBlocksOf16], bool zero_points,
+                                              MinusZero<T> (&zeros)[kBlocksOf16], const Operands<T>& op,
                                               const Place& place, uint32_t ring, uint32_t slot) {
   using Layout = Stage<kTiles, kGroup>;
   constexpr int kGroups = kGroup == 0 ? 1 : Layout::kGroups;
@@ -206,13 +231,13 @@ __device__ __forceinline__ void multiply_unit(Sums<kTiles>& sums, float (&x_sums
       ring + slot + static_cast<uint32_t>(Layout::kOffsets + warp * Layout::kGroups * 64);
   uint32_t b[kTiles + kTiles % 2][4];
   uint4 words{};
-  constexpr int kUnroll = kTiles <= 2 && !kMinimums ? kGroups : 1;  // or registers run out
+  constexpr int kUnroll = kTiles <= 2 && !kMinimums ? 2 : 1;  // or registers run out
 #pragma unroll kUnroll
   for (int group = 0; group < kGroups; ++group) {
     Sums<kTiles> products = {};
     float x_products[kTiles][4] = {};
     if constexpr (kGroup != 0 && !kMinimums) {
-      if (zero_points) {
+      if (!kPlain && op.zero_points) {
         const uint32_t z = load_shared_4(offsets_at + static_cast<uint32_t>(group * 32 + place.g * 4));
         zeros[0] = MinusZero<T>(twice_byte(z, 0), twice_byte(z, 1));
         zeros[1] = MinusZero<T>(twice_byte(z, 2), twice_byte(z, 3));
@@ -245,7 +270,7 @@ __device__ __forceinline__ void multiply_unit(Sums<kTiles>& sums, float (&x_sums
       uint32_t a[4];
       if constexpr (kMinimums) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = kOnes<T>;
+        for (int i = 0; i < 4; ++i) a[i] = CodeFormat<T>::kStepPair;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) multiply_add<T>(x_target[tile], a, b[tile][0], b[tile][1]);
       }

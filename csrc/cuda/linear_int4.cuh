@@ -27,8 +27,6 @@
 // L2); M N outputs. Shared memory is reused for another purpose only between two barriers of the whole block.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/int4_stage.cuh"
 
 namespace fs::cuda::int4 {
@@ -43,23 +41,28 @@ struct Epilogue {
 };
 
 // Once around the ring in one turn of the loop, where that pays: places in the ring are constants then, and
-// addresses move on once. 64 rows have no registers left over for it on sm_90, and would spill one.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int kMostUnrolledTiles = 6;
-#else
-constexpr int kMostUnrolledTiles = 8;
-#endif
-template <int kTiles, int kGroup, bool kMinimums>
-constexpr bool kIsUnrolled = kGroup == 128 && !kMinimums && kTiles <= kMostUnrolledTiles;
+// addresses move on once.
+template <int kGroup, bool kMinimums>
+constexpr bool kIsUnrolled = kGroup == 128 && !kMinimums;
+
+// Calls f(float4& four sums, index) for each product tile of the warp.
+template <int kTiles, class F>
+__device__ __forceinline__ void for_each(Sums<kTiles>& sums, const F& f) {
+#pragma unroll
+  for (int block = 0; block < kBlocksOf16; ++block) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) f(sums[block][tile], block * kTiles + tile);
+  }
+}
 
 // This warp's half of a part: units [begin, end) of the panel's K. A warp without a panel copies activations.
-template <class T, int kTiles, int kGroup, bool kMinimums, int kSlots, bool kHasPanel>
+template <class T, int kTiles, int kGroup, bool kMinimums, int kSlots, bool kHasPanel, bool kPlain>
 __device__ __forceinline__ void sum_half(Sums<kTiles>& sums, const Operands<T>& op, const Place& place,
                                          uint32_t ring, int begin, int end, int first_row,
                                          const uint8_t* panel, uint64_t policy) {
   constexpr auto kStageBytes = static_cast<uint32_t>(Stage<kTiles, kGroup>::kBytes);
-  Copier<T, kTiles, kGroup, kMinimums, kHasPanel> copier(op, place, ring, begin, end, first_row, panel,
-                                                         policy);
+  Copier<T, kTiles, kGroup, kMinimums, kHasPanel, kPlain> copier(op, place, ring, begin, end, first_row,
+                                                                 panel, policy);
 #pragma unroll
   for (int i = 0; i < kSlots - 1; ++i) {
     copier.copy(static_cast<uint32_t>(i) * kStageBytes, i);
@@ -70,7 +73,7 @@ __device__ __forceinline__ void sum_half(Sums<kTiles>& sums, const Operands<T>& 
   const uint32_t zero = kMinimums ? 0 : 0x00080008u;
   MinusZero<T> zeros[kBlocksOf16] = {MinusZero<T>(zero, zero), MinusZero<T>(zero, zero)};
   if constexpr (kGroup == 0 && !kMinimums && kHasPanel) {
-    if (op.zero_points) {
+    if (!kPlain && op.zero_points) {
       uint32_t z = 0;
       if (place.t == 0) z = *reinterpret_cast<const uint32_t*>(panel + op.offsets_at + place.g * 4);
       z = __shfl_sync(kAllLanes, z, place.lane - place.t);
@@ -78,13 +81,13 @@ __device__ __forceinline__ void sum_half(Sums<kTiles>& sums, const Operands<T>& 
       zeros[1] = MinusZero<T>(twice_byte(z, 2), twice_byte(z, 3));
     }
   }
-  constexpr int kTurn = kIsUnrolled<kTiles, kGroup, kMinimums> ? kSlots : 1;
+  constexpr int kTurn = kIsUnrolled<kGroup, kMinimums> ? kSlots : 1;
   const auto walk_units = [&] {
     uint32_t slot = 0, free_slot = (kSlots - 1) * kStageBytes;
-    while (true) {
+    while (copier.units_left() > 1 - kSlots) {
 #pragma unroll
       for (int i = 0; i < kTurn; ++i) {
-        if (copier.units_left() - i <= 1 - kSlots) return;
+        if (i > 0 && copier.units_left() - i <= 1 - kSlots) return;
         if constexpr (kTurn > 1) {
           slot = static_cast<uint32_t>(i) * kStageBytes;
           free_slot = static_cast<uint32_t>((i + kSlots - 1) % kSlots) * kStageBytes;
@@ -95,7 +98,7 @@ __device__ __forceinline__ void sum_half(Sums<kTiles>& sums, const Operands<T>& 
         copier.copy(free_slot, i);
         commit_copies();
         if constexpr (kHasPanel) {
-          multiply_unit<T, kTiles, kGroup, kMinimums>(sums, x_sums, zeros, op.zero_points, place, ring, slot);
+          multiply_unit<T, kTiles, kGroup, kMinimums, kPlain>(sums, x_sums, zeros, op, place, ring, slot);
         }
         if constexpr (kTurn == 1) {
           free_slot = slot;
@@ -124,15 +127,11 @@ __device__ __forceinline__ void sum_half(Sums<kTiles>& sums, const Operands<T>& 
       }
     }
   }
-}
-
-// Calls f(float4& four sums, index) for each product tile of the warp.
-template <int kTiles, class F>
-__device__ __forceinline__ void for_each(Sums<kTiles>& sums, const F& f) {
+  if constexpr (kHasPanel) {
+    for_each<kTiles>(sums, [](float (&sum)[4], int) {
 #pragma unroll
-  for (int block = 0; block < kBlocksOf16; ++block) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) f(sums[block][tile], block * kTiles + tile);
+      for (int i = 0; i < 4; ++i) sum[i] *= 1.0f / CodeFormat<T>::kStep;  // a power of two
+    });
   }
 }
 
@@ -183,21 +182,19 @@ __device__ __forceinline__ void write_tile(const Operands<T>& op, const Place& p
   }
 }
 
-// Blocks on a multiprocessor. One instance needs a few registers more than 128 on sm_90 and would spill two;
-// in groups of 32 two of its blocks do not fit the shared memory of sm_80 anyway.
-template <class T, int kTiles, int kGroup>
-inline constexpr int kBlocksAtOnce =
-    kTiles > 2 || (std::is_same_v<T, bf16> && kTiles == 2 && kGroup == 32) ? 1 : 2;
+// Blocks on a multiprocessor.
+template <int kTiles>
+inline constexpr int kBlocksAtOnce = kTiles > 2 ? 1 : 2;
 
 template <class T, int kTiles, int kGroup, bool kMinimums, int kSlots>
-__global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<T, kTiles, kGroup>))
-    linear_int4_kernel(const Operands<T> op) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<kTiles>) linear_int4_kernel(const Operands<T> op) {
   extern __shared__ __align__(256) uint8_t shared[];
   uint32_t& arrived = *reinterpret_cast<uint32_t*>(shared + Epilogue<kTiles>::kArrived);
   const uint32_t ring = shared_address(shared);
   const int thread = static_cast<int>(threadIdx.x);
-  const Place place{thread % 32, thread / 32 % kPanels, thread / kHalfThreads, thread % 32 / 4,
-                    thread % 4,  thread % kHalfThreads};
+  const int warp = __shfl_sync(kAllLanes, thread / 32, 0);  // one for all lanes, as the compiler then knows
+  const Place place{thread % 32,     warp % kPanels, warp / kPanels,
+                    thread % 32 / 4, thread % 4,     thread % kHalfThreads};
   const uint64_t policy = cache_policy(op.work.num_row_tiles == 1);
   StripeWalk walk(op.work);
   do {
@@ -208,12 +205,18 @@ __global__ void __launch_bounds__(kThreads, (kBlocksAtOnce<T, kTiles, kGroup>))
     const bool has_panel = panel < op.num_panels;
     Sums<kTiles> sums = {};
     const int half_begin = place.half == 0 ? begin : middle, half_end = place.half == 0 ? middle : end;
-    if (has_panel) {
-      sum_half<T, kTiles, kGroup, kMinimums, kSlots, true>(
-          sums, op, place, ring, half_begin, half_end, first_row, op.packed + panel * op.panel_bytes, policy);
+    const auto sum = [&]<bool kHasPanel, bool kPlain>() {
+      const uint8_t* from = op.packed + (kHasPanel ? panel * op.panel_bytes : 0);
+      sum_half<T, kTiles, kGroup, kMinimums, kSlots, kHasPanel, kPlain>(sums, op, place, ring, half_begin,
+                                                                        half_end, first_row, from, policy);
+    };
+    constexpr bool kHasPlain = kIsUnrolled<kGroup, kMinimums>;
+    if (!has_panel) {
+      sum.template operator()<false, false>();
+    } else if (kHasPlain && is_plain(op)) {
+      sum.template operator()<true, kHasPlain>();
     } else {
-      sum_half<T, kTiles, kGroup, kMinimums, kSlots, false>(sums, op, place, ring, half_begin, half_end,
-                                                            first_row, op.packed, policy);
+      sum.template operator()<true, false>();
     }
     __syncthreads();  // all have left the ring
     auto* second_half = reinterpret_cast<float4*>(shared) + place.in_half;

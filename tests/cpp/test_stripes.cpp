@@ -68,6 +68,29 @@ TEST(Stripes, LayersOfAnEightBillionModelAreWellBalanced) {
   }
 }
 
+// The longest chain of additions that puts the parts of an output together: the layers of Llama 3 8B and 70B.
+TEST(Stripes, AtMostThreeAdditionsFollowOneAnotherInLargeModels) {
+  struct Layer {
+    int64_t depth, columns;
+  };
+  for (const int multiprocessors : {108, 132, 148}) {
+    for (const Layer layer : {Layer{4096, 6144},
+                              {4096, 4096},
+                              {4096, 28672},
+                              {14336, 4096},
+                              {8192, 10240},
+                              {8192, 8192},
+                              {8192, 57344},
+                              {28672, 8192}}) {
+      const Stripes s = make_stripes(layer.columns, layer.depth, multiprocessors);
+      for (int tile = 0; tile < s.num_column_tiles; ++tile) {
+        EXPECT_LE(s.num_parts(tile) - 1, 3)
+            << layer.depth << " x " << layer.columns << " on " << multiprocessors << ", column tile " << tile;
+      }
+    }
+  }
+}
+
 TEST(Stripes, WorkspaceGrowsWithRows) {
   int64_t last = 0;
   for (int64_t rows = 0; rows < 200; ++rows) {

@@ -180,6 +180,8 @@ for _dtype in FORMATS:
         linear_case(tokens, 96, 832, 128, SYMMETRIC, _dtype)
         for tokens in (0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 118, 128, 152)
     ]
+    # Whole units of K and no zero points: a loop of its own in groups of 128.
+    INT4_CASES += [linear_case(tokens, 96, 768, 128, SYMMETRIC, _dtype) for tokens in (5, 16, 24, 40, 60)]
     # Every form and group size, with a column tile and a half and the half of a stage at the end of K.
     INT4_CASES += [
         linear_case(tokens, 192, 448, group, form, _dtype, bias=True)
