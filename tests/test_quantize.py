@@ -14,6 +14,7 @@ from fastserve import LLM, SamplingParams
 from fastserve.cli import main
 from fastserve.errors import ModelLoadError
 from fastserve.weights import quantize
+from fastserve.weights.int8 import round_int8
 from fastserve.weights.quantize import QuantizeSettings, quantize_model
 from fastserve.weights.round_int4 import FORMS, round_int4
 from fastserve.weights.safetensors import open_checkpoint
@@ -71,6 +72,24 @@ def test_rtn_writes_the_rounded_weights_and_copies_the_rest(
     assert method == ("fastserve" if form == "minimums" else "compressed-tensors")
 
 
+@pytest.mark.parametrize("form", ["minimums", "symmetric"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_become_int8_on_request(tmp_path: Path, form: str, tied: bool) -> None:
+    source = make_tiny_checkpoint(tmp_path / "source", tie_word_embeddings=tied)
+    settings = QuantizeSettings("rtn", form, 64, "int8")
+    out = quantize_model(source, tmp_path / "out", settings, num_threads=2)
+    with open_checkpoint(source) as before, open_checkpoint(out) as after:
+        for name in ("model.embed_tokens", "lm_head"):
+            assert (f"{name}.weight" in after) == (f"{name}.weight" in before)
+            if f"{name}.weight" in after:
+                expected = round_int8(before.tensor(f"{name}.weight"), 64)
+                assert torch.equal(after.tensor(f"{name}.weight"), expected.codes)
+                assert torch.equal(after.tensor(f"{name}.weight_scale"), expected.scales)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "fastserve"
+    with LLM(out, num_threads=2) as llm:
+        assert len(llm.generate(["The quick"], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"])
 def test_other_architectures_are_quantised_too(tmp_path: Path, architecture: str, text: list[int]) -> None:
     source = make_tiny_checkpoint(tmp_path / "source", architecture, max_position_embeddings=640)
@@ -105,7 +124,9 @@ def test_a_killed_run_is_taken_up_where_it_was(
     assert not (tmp_path / "out").exists()
     rounded = []
     real = quantize._Run._round
-    monkeypatch.setattr(quantize._Run, "_round", lambda self, name, h: (rounded.append(name), real(self, name, h))[1])
+    monkeypatch.setattr(
+        quantize._Run, "_round", lambda self, name, h: (rounded.append(name), real(self, name, h))[1]
+    )
     out = quantize_model(tiny_dir, tmp_path / "out", settings, text, num_threads=2)
     assert {name.split(".")[2] for name in rounded} == {"2"}
     for file in sorted(path.name for path in whole.iterdir()):

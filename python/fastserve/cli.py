@@ -191,6 +191,11 @@ def _add_quantize_parser(commands: Any) -> None:
     quantize.add_argument(
         "--group-size", type=int, default=32, help="inputs that share a scale: 32, 64, 128, -1 = a row (default: 32)"
     )
+    quantize.add_argument(
+        "--embedding-dtype",
+        default="auto",
+        help="of the embedding and the head: auto (as they are) or int8 (default: auto)",
+    )
     quantize.add_argument("--text", help="a UTF-8 text file: calibrates gptq, and measures the perplexity")
     quantize.add_argument("--calibration-tokens", type=int, default=65536, help="of --text (default: %(default)s)")
     quantize.add_argument("--eval-tokens", type=int, default=16384, help="of --text, after those; 0: none")
@@ -207,7 +212,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
     group.add_argument("--quantization", help="auto, or none: int4 weights are written out in --dtype (default: auto)")
-    group.add_argument("--activation-dtype", help="what int4 and int8 weights are multiplied with: auto, int8 or float")
+    group.add_argument(
+        "--activation-dtype", help="what int4 and int8 weights are multiplied with: auto, int8 or float"
+    )
     group.add_argument("--lm-head-dtype", help="auto: as in the checkpoint, or int8 (default: auto)")
     group.add_argument("--max-model-len", type=int, help="longest context in tokens (default: what fits)")
     group.add_argument("--max-num-batched-tokens", type=int, help="tokens of one step")
@@ -404,7 +411,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from fastserve.tokenizer import Tokenizer
     from fastserve.weights.quantize import QuantizeSettings, quantize_model
 
-    settings = QuantizeSettings(arguments.method, arguments.form, arguments.group_size)
+    settings = QuantizeSettings(arguments.method, arguments.form, arguments.group_size, arguments.embedding_dtype)
     for name, least in (("calibration_tokens", 2), ("eval_tokens", 0)):
         if getattr(arguments, name) < least:
             raise InvalidRequest(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")

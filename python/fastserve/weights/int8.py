@@ -57,14 +57,14 @@ class Int8Weight:
         return Int8Weight(codes, scales, weights[0].group_size)
 
 
-def round_int8(weight: torch.Tensor) -> Int8Weight:
-    """The weight [N, K] of any float dtype in groups of 32.
+def round_int8(weight: torch.Tensor, group_size: int = GROUP_MULTIPLE) -> Int8Weight:
+    """The weight [N, K] of any float dtype in groups of `group_size` inputs, as in Int8Weight.
 
     The largest magnitude of a group becomes 127, as far as its scale fits float16; every code is the nearest for the
     scale as stored.
     """
     num_rows, depth = weight.shape
-    size = GROUP_MULTIPLE
+    size = min(group_size, depth)
     num_groups = -(-depth // size)
     codes = torch.empty(num_rows, depth, dtype=torch.int8)
     scales = torch.empty(num_rows, num_groups, dtype=torch.float16)
@@ -75,4 +75,4 @@ def round_int8(weight: torch.Tensor) -> Int8Weight:
         nearest = torch.where(scale[..., None] > 0, groups / scale[..., None].float(), 0.0).round().clamp(-128, 127)
         codes[begin : begin + ROWS_AT_ONCE] = nearest.to(torch.int8).flatten(1)[:, :depth]
         scales[begin : begin + ROWS_AT_ONCE] = scale
-    return Int8Weight(codes, scales, size)
+    return Int8Weight(codes, scales, group_size)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastserve quantize`: an int4 checkpoint of a model, made layer by layer, so that a killed run goes on where it was.
 
-Every linear of the layers becomes int4; embeddings, norms, biases and the head are copied. With the method "rtn" each
+Every linear of the layers becomes int4, the embedding and the head int8 by option; the rest is copied. With the method "rtn" each
 weight is rounded for itself; with "gptq" a calibration text tells which errors matter. Then the text passes through
 the layers as they will be served: a layer is calibrated on what the rounded layers before it make of the text.
 """
@@ -31,6 +31,7 @@ from fastserve.models import model_class_for
 from fastserve.weights.calibration import CalibrationText, RecordingLinear
 from fastserve.weights.gguf_blocks import TOGETHER
 from fastserve.weights.gptq import round_gptq
+from fastserve.weights.int8 import round_int8
 from fastserve.weights.quantization_config import (
     WHOLE_ROW,
     QuantizationConfig,
@@ -38,12 +39,14 @@ from fastserve.weights.quantization_config import (
     fastserve_config,
 )
 from fastserve.weights.quantized import QuantizedWeight
-from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint, pack_quantized
+from fastserve.weights.quantized_checkpoint import QuantizedCheckpoint, pack_int8, pack_quantized
 from fastserve.weights.round_int4 import FORMS, round_int4
 from fastserve.weights.safetensors import INDEX_FILE, Checkpoint, open_checkpoint, read_header
 
 METHODS = ("rtn", "gptq")
 GROUP_SIZES = (32, 64, 128, -1)
+EMBEDDING_DTYPES = ("auto", "int8")
+EMBEDDINGS = ("model.embed_tokens", "lm_head")
 CALIBRATION_CONTEXT = 512
 COPIED_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -55,14 +58,21 @@ Progress = Callable[[int, int], None]  # (layers done, layers)
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """method: one of METHODS. form: one of FORMS. group_size: inputs that share a scale; -1: all of a row."""
+    """method: one of METHODS. form: one of FORMS. group_size: inputs that share a scale; -1: all of a row.
+    embedding_dtype: of the embedding and the head; "auto" as they are."""
 
     method: str = "rtn"
     form: str = "minimums"
     group_size: int = 32
+    embedding_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        allowed: dict[str, tuple[Any, ...]] = {"method": METHODS, "form": FORMS, "group_size": GROUP_SIZES}
+        allowed: dict[str, tuple[Any, ...]] = {
+            "method": METHODS,
+            "form": FORMS,
+            "group_size": GROUP_SIZES,
+            "embedding_dtype": EMBEDDING_DTYPES,
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ModelLoadError(
@@ -75,7 +85,7 @@ class QuantizeSettings:
 
     def quantization_config(self) -> dict[str, Any]:
         """For config.json: compressed-tensors where that format can say it, for other engines to read."""
-        if self.form == "minimums":
+        if self.form == "minimums" or self.embedding_dtype == "int8":
             return fastserve_config(self.group_size)
         return compressed_tensors_config(self.group_size, self.form == "symmetric")
 
@@ -228,14 +238,26 @@ def _write_rest(source: Path, checkpoint: Checkpoint, settings: QuantizeSettings
     """What is not int4, config.json, the index, and the tokenizer's files."""
     config = ModelConfig.from_dir(source)
     layers = {name for index in range(config.num_layers) for names in _linears(index).values() for name in names}
-    rest = {n: checkpoint.tensor(n) for n in checkpoint if n.removesuffix(".weight") not in layers}
+    rest: dict[str, torch.Tensor] = {}
+    dtype: torch.dtype | None = None
+    for name in checkpoint:
+        matrix = name.removesuffix(".weight")
+        if matrix in layers:
+            continue
+        tensor = checkpoint.tensor(name)
+        dtype = dtype or tensor.dtype
+        if settings.embedding_dtype == "int8" and matrix in EMBEDDINGS:
+            int8 = pack_int8(round_int8(tensor, settings.group_inputs))
+            rest |= {f"{matrix}.{part}": value for part, value in int8.items()}
+        else:
+            rest[name] = tensor
     _save(rest, workspace / "model-rest.safetensors")
     weight_map = dict.fromkeys(rest, "model-rest.safetensors")
     for index in range(config.num_layers):
         weight_map |= dict.fromkeys(read_header(workspace / _layer_file(index)), _layer_file(index))
     _write_json(workspace / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
     data = read_json_object(source / CONFIG_FILE, allow_nan=True)
-    data.setdefault("torch_dtype", {v: k for k, v in DTYPES.items()}[next(iter(rest.values())).dtype])
+    data.setdefault("torch_dtype", {v: k for k, v in DTYPES.items()}[dtype or torch.float32])
     _write_json(workspace / CONFIG_FILE, {**data, "quantization_config": settings.quantization_config()})
     for name in COPIED_FILES:
         if (source / name).is_file():
