@@ -125,7 +125,7 @@ def test_a_killed_run_is_taken_up_where_it_was(
     rounded = []
     real = quantize._Run._round
     monkeypatch.setattr(
-        quantize._Run, "_round", lambda self, name, h: (rounded.append(name), real(self, name, h))[1]
+        quantize._Run, "_round", lambda self, name, *seen: (rounded.append(name), real(self, name, *seen))[1]
     )
     out = quantize_model(tiny_dir, tmp_path / "out", settings, text, num_threads=2)
     assert {name.split(".")[2] for name in rounded} == {"2"}

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a calibration text through a model layer by layer, so that only one layer's weights are in memory at a time.
 
-What stays is the state between two layers, for all tokens of the text: 2 x width float32 numbers a token.
+What stays is the state between two layers, of the model as it was and of the rounded one, for all tokens of the text:
+4 x width float32 numbers a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,24 +25,50 @@ BLOCK_SIZE = 32
 
 
 class RecordingLinear:
-    """A linear that sums x x^T over the rows x it is given: `hessian`, float32 [in_features, in_features]."""
+    """A linear of a layer that is being rounded: as it was while the text passes through unrounded, else rounded, once
+    it is. While `records` it adds up, over the rows x that it is given and the rows x* at the same places of the
+    unrounded text, each float32 [in_features, in_features]:
+
+        hessian   the sum of x x^T
+        drift     the sum of (x* - x) x^T
+    """
 
     def __init__(self, linear: Linear) -> None:
-        self.linear = linear
+        self.exact = linear
+        self.rounded: Linear | None = None
+        self.is_exact = self.records = False
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.is_gated = linear.is_gated
-        self.hessian = torch.zeros((self.in_features, self.in_features))
+        self._unrounded_x: torch.Tensor | None = None
+
+    def record(self) -> None:
+        shape = (self.in_features, self.in_features)
+        self.hessian, self.drift, self.records = torch.zeros(shape), torch.zeros(shape), True
 
     @property
     def num_bytes(self) -> int:
-        return self.linear.num_bytes
+        return self.exact.num_bytes
 
     def workspace_bytes(self, max_tokens: int) -> int:
-        return self.linear.workspace_bytes(max_tokens)
+        return max(one.workspace_bytes(max_tokens) for one in (self.exact, self.rounded) if one is not None)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, workspace: torch.Tensor) -> None:
-        self.hessian.addmm_(x.T, x)
-        self.linear(out, x, workspace)
+        if self.is_exact:
+            self._unrounded_x = x.clone() if self.records else None
+        elif self.records:
+            assert self._unrounded_x is not None
+            self.hessian.addmm_(x.T, x)
+            self.drift.addmm_((self._unrounded_x - x).T, x)
+        linear = self.exact if self.is_exact or self.rounded is None else self.rounded
+        linear(out, x, workspace)
+
+
+class _States:
+    """Between two layers, for each window: the residual, and what the layer before adds to it."""
+
+    def __init__(self, residuals: torch.Tensor) -> None:
+        self.residuals = residuals
+        self.outs = torch.zeros_like(residuals)
 
 
 class CalibrationText:
@@ -60,39 +87,40 @@ class CalibrationText:
         self._cos_sin = cos_sin_table(config.rope, config.head_dim, self._context)
         self._batches = BatchBuilder(device, config, BLOCK_SIZE, max_decodes=0)
         width = config.hidden_size
-        self._residuals = torch.empty((len(self._windows), self._context, width))
-        self._outs = torch.zeros_like(self._residuals)  # what the layer before adds to the residual
-        for window, residual in zip(self._windows, self._residuals, strict=True):
+        residuals = torch.empty((len(self._windows), self._context, width))
+        for window, residual in zip(self._windows, residuals, strict=True):
             device.ops.embedding(residual, torch.tensor(window, dtype=torch.int32), embedding)
+        self._exact, self._rounded = _States(residuals), _States(residuals.clone())
 
     @property
     def num_tokens(self) -> int:
         return len(self._windows) * self._context
 
-    def record(self, layer: Any) -> None:
-        """Runs the text through the layer and leaves the state between the layers as it is."""
-        for _ in self._run(layer):
-            pass
+    def record(self, layer: Any, linears: Sequence[RecordingLinear]) -> None:
+        """Runs the text through the layer, whose linears these are, for those that record."""
+        self._run(layer, linears, keep=False)
 
-    def advance(self, layer: Any) -> None:
-        """Takes the text through the layer: the next call sees the state after it."""
-        for index, (residual, out) in enumerate(self._run(layer)):
-            self._residuals[index].copy_(residual)
-            self._outs[index].copy_(out)
+    def advance(self, layer: Any, linears: Sequence[RecordingLinear]) -> None:
+        """Takes the text through the layer, unrounded and rounded: the next call sees the states after it."""
+        self._run(layer, linears, keep=True)
 
-    def _run(self, layer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _run(self, layer: Any, linears: Sequence[RecordingLinear], keep: bool) -> None:
         config, tokens = self.config, self._context
-        linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
-        buffers = StepBuffers(self.device, config, torch.float32, linears, layer.gate_up_width, tokens, 1)
+        buffers = StepBuffers(self.device, config, torch.float32, list(linears), layer.gate_up_width, tokens, 1)
         blocks = -(-tokens // BLOCK_SIZE)
         cache = self.device.empty((blocks, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim), torch.float32)
         views = buffers.rows(tokens)
         for index, window in enumerate(self._windows):
             batch = self._batches.build(_whole(window))
-            views.residual.copy_(self._residuals[index])
-            views.sublayer_out.copy_(self._outs[index])
-            layer.forward(batch, cache, self._cos_sin, views)
-            yield views.residual, views.sublayer_out
+            for states in (self._exact, self._rounded):
+                for linear in linears:
+                    linear.is_exact = states is self._exact
+                views.residual.copy_(states.residuals[index])
+                views.sublayer_out.copy_(states.outs[index])
+                layer.forward(batch, cache, self._cos_sin, views)
+                if keep:
+                    states.residuals[index].copy_(views.residual)
+                    states.outs[index].copy_(views.sublayer_out)
 
 
 def _whole(window: list[int]) -> StepPlan:

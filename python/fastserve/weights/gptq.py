@@ -4,6 +4,9 @@ for the error, as far as their activations are correlated with this one's.
 
 What it finds is then improved by coordinate descent (as in QuantEase, Behdin et al. 2023, there on codes alone): each
 scale, minimum and code in turn takes the value that is best while all others stay as they are.
+
+A layer sees what the rounded layers before it make of a text. Before its own weight is rounded it is moved to where it
+makes of that, as nearly as it can, what it made of the original (as in QEP, Arai and Ichikawa 2025).
 """
 
 from __future__ import annotations
@@ -20,14 +23,20 @@ MAX_DAMPING = 10.0
 SWEEPS = 4  # of coordinate descent
 
 
-def round_gptq(weight: torch.Tensor, hessian: torch.Tensor, group_size: int, form: str) -> QuantizedWeight:
+def round_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, group_size: int, form: str, drift: torch.Tensor | None = None
+) -> QuantizedWeight:
     """Rounds float32 [N, K] so that the outputs for the activations seen in calibration change least.
 
-    hessian: float32 or float64 [K, K], the sum of x x^T over the activations x of the layer. group_size and form as
-    in `round_int4`. Raises FastserveError if the Hessian holds no usable numbers.
+    hessian: float32 or float64 [K, K], the sum of x x^T over the activations x of the layer. drift: the same, the sum
+    of (x* - x) x^T, where x* are the activations of the model as it was: outputs are then to be what the weight makes
+    of x*, not of x. None: all zero. group_size and form as in `round_int4`. Raises FastserveError if the Hessian holds
+    no usable numbers.
     """
     num_rows, depth = weight.shape
     damped, inverse = _inverse_factor(hessian)
+    if drift is not None:
+        weight = weight + (weight @ drift) @ (inverse.T @ inverse)  # the best weight before it is rounded
     spread = inverse.diagonal()
     importance = (1 / spread.square()).contiguous()  # the cost of an error in this input, once the rest has adapted
     left = weight.clone()  # what is still to be rounded, errors so far made up for

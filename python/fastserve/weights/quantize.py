@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastserve quantize`: an int4 checkpoint of a model, made layer by layer, so that a killed run goes on where it was.
 
-Every linear of the layers becomes int4, the embedding and the head int8 by option; the rest is copied. With the method "rtn" each
-weight is rounded for itself; with "gptq" a calibration text tells which errors matter. Then the text passes through
-the layers as they will be served: a layer is calibrated on what the rounded layers before it make of the text.
+Every linear of the layers becomes int4, the embedding and the head int8 by option; the rest is copied. With the method
+"rtn" each weight is rounded for itself; with "gptq" a calibration text tells which errors matter. Then the text passes
+through the layers as they will be served: a linear is calibrated on what the rounded ones before it make of the text,
+and made to give what the original model gives there.
 """
 
 from __future__ import annotations
@@ -155,49 +156,49 @@ class _Run:
     def run(self, progress: Progress | None) -> None:
         for index in range(self.config.num_layers):
             path = self.workspace / _layer_file(index)
-            # A later layer needs what this one makes of the text, so a finished layer still lets it through.
-            layer = self.model_class.layer(self.config, self.weights, index) if self.text or not path.exists() else None
-            if path.exists():
-                rounded = _read_layer(path, self.settings) if self.text else {}
-            else:
-                hessians = self._hessians(layer)
-                rounded = {name: self._round(name, hessians) for name in self._names(index)}
-                tensors = {f"{n}.{part}": t for n, w in rounded.items() for part, t in pack_quantized(w).items()}
-                _save(tensors, path)
-            if self.text is not None and index + 1 < self.config.num_layers:
-                self._replace(layer, index, rounded)
-                self.text.advance(layer)
+            if self.text is not None:
+                self._round_for_text(self.text, index, path)
+            elif not path.exists():
+                _save_layer({name: self._round(name) for name in self._names(index)}, path)
             if progress is not None:
                 progress(index + 1, self.config.num_layers)
 
     def _names(self, index: int) -> list[str]:
         return [name for names in _linears(index).values() for name in names]
 
-    def _hessians(self, layer: Any) -> dict[str, torch.Tensor]:
-        """By attribute of the layer, what its linears see of the text."""
-        if self.text is None:
-            return {}
-        dense = {attribute: getattr(layer, attribute) for attribute in _linears(0)}
-        recorders = {attribute: RecordingLinear(linear) for attribute, linear in dense.items()}
+    def _round_for_text(self, text: CalibrationText, index: int, path: Path) -> None:
+        """Linear by linear, in the order in which the text passes them. A layer that was finished by an earlier run
+        lets the text through."""
+        layer = self.model_class.layer(self.config, self.weights, index)
+        recorders = {attribute: RecordingLinear(getattr(layer, attribute)) for attribute in _linears(index)}
         for attribute, recorder in recorders.items():
             setattr(layer, attribute, recorder)
-        self.text.record(layer)
-        for attribute, linear in dense.items():
-            setattr(layer, attribute, linear)
-        return {attribute: recorder.hessian for attribute, recorder in recorders.items()}
+        finished = _read_layer(path, self.settings) if path.exists() else None
+        rounded: dict[str, QuantizedWeight] = {}
+        for attribute, names in _linears(index).items():
+            recorder = recorders[attribute]
+            if finished is None:
+                recorder.record()
+                text.record(layer, list(recorders.values()))
+                recorder.records = False
+                rounded |= {name: self._round(name, recorder) for name in names}
+            else:
+                rounded |= {name: finished[name] for name in names}
+            weight = torch.cat([rounded[name].dequantize() for name in names])
+            recorder.rounded = make_linear(
+                self.device, weight, getattr(recorder.exact, "bias", None), recorder.is_gated
+            )
+        if finished is None:
+            _save_layer(rounded, path)
+        if index + 1 < self.config.num_layers:
+            text.advance(layer, list(recorders.values()))
 
-    def _round(self, name: str, hessians: dict[str, torch.Tensor]) -> QuantizedWeight:
+    def _round(self, name: str, seen: RecordingLinear | None = None) -> QuantizedWeight:
         weight = self.checkpoint.tensor(f"{name}.weight").to(torch.float32)
         size, form = self.settings.group_inputs, self.settings.form
-        for attribute, hessian in hessians.items():
-            if name.rpartition(".")[2] in _PARTS[attribute]:
-                return round_gptq(weight, hessian, size, form)
-        return round_int4(weight, size, form)
-
-    def _replace(self, layer: Any, index: int, rounded: dict[str, QuantizedWeight]) -> None:
-        for attribute, names in _linears(index).items():
-            weight = torch.cat([rounded[name].dequantize() for name in names])
-            setattr(layer, attribute, make_linear(self.device, weight, getattr(layer, attribute).bias))
+        if seen is None:
+            return round_int4(weight, size, form)
+        return round_gptq(weight, seen.hessian, size, form, seen.drift)
 
 
 _PARTS = {"qkv": TOGETHER[0], "o": ("o_proj",), "gate_up": TOGETHER[1], "down": ("down_proj",)}
@@ -222,6 +223,10 @@ def _read_layer(path: Path, settings: QuantizeSettings) -> dict[str, QuantizedWe
     names = [name.removesuffix(".weight_packed") for name in checkpoint if name.endswith(".weight_packed")]
     shapes = {name: checkpoint.tensor(f"{name}.weight_shape").tolist() for name in names}
     return {name: quantized.read(name, *shape) for name, shape in shapes.items()}
+
+
+def _save_layer(rounded: dict[str, QuantizedWeight], path: Path) -> None:
+    _save({f"{n}.{part}": t for n, w in rounded.items() for part, t in pack_quantized(w).items()}, path)
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
