@@ -43,13 +43,13 @@ class VectorSpans {
     rows_ = &rows;
     count_ = count;
     const float scale = op_.scale * 1.44269504f;  // 2^(q . k) = exp(op.scale * q . k)
-    for (int64_t r = 0; r < count; ++r) {
-      const float* from = rows.query(first + r);
+    rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
+      const float* from = rows.query(token, head);
       for (int64_t d = 0; d < shape_.head_dim; ++d) q_[r * shape_.stride + d] = from[d] * scale;
-      const TokenRange visible = rows.visible(first + r);
+      const TokenRange visible = rows.visible(token);
       visible_begin_[r] = visible.begin;
       visible_end_[r] = visible.end;
-    }
+    });
   }
 
   void attend_span(int64_t span_begin, const Partials& partials) {

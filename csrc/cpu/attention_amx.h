@@ -7,7 +7,7 @@
 // is rescaled on the way: scores of all its keys, weights 2^(score - maximum), output. Decodes and chunks of
 // any length run the same instructions on as many rows of a tile as they have. A row's arithmetic:
 //   score    as one instruction sums 32 dims, then by steps of 32
-//   sum      one chain per lane of 32 keys, ascending; lanes are added at the end of the section
+//   sum      and
 //   output   as one instruction sums 32 tokens (from the start of the span), then by steps of 32
 // and a key that a row may not see adds exactly nothing to any of them.
 #pragma once
@@ -18,60 +18,15 @@
 #include <cstring>
 
 #include "cpu/attention_amx_tiles.h"
+#include "cpu/attention_amx_weights.h"
 #include "cpu/attention_section.h"
 #include "cpu/attention_unit.h"
 
 namespace fs::FS_ISA {
 
-// 2^(score * scale - shift), relative error below 3e-6, at least 2^-125; NaN stays NaN. The exponent is at
-// most some roundings above 0.
-inline vf weight_of(vf score, vf scale, vf shift) {
-  const vf exponent = max(set1(-125.0f), fma(score, scale, shift));
-#if defined(FS_SIMD_EMULATED)
-  float lanes[kLanes];
-  float powers[kLanes];
-  store(lanes, exponent);
-  for (int i = 0; i < kLanes; ++i) {
-    powers[i] = __builtin_floorf(lanes[i]);
-    lanes[i] -= powers[i];
-  }
-  const vf f = load(lanes);
-#else
-  const vf f{_mm512_reduce_ps(exponent.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // [0, 1]
-#endif
-  vf p = set1(1.353416792e-2f);
-  p = fma(p, f, set1(5.201146061e-2f));
-  p = fma(p, f, set1(2.414427569e-1f));
-  p = fma(p, f, set1(6.930038345e-1f));
-  p = fma(p, f, set1(1.000002593f));
-#if defined(FS_SIMD_EMULATED)
-  store(lanes, p);
-  for (int i = 0; i < kLanes; ++i) {
-    if (lanes[i] == lanes[i]) lanes[i] = __builtin_ldexpf(lanes[i], static_cast<int>(powers[i]));
-  }
-  return load(lanes);
-#else
-  return {_mm512_scalef_ps(p.v, exponent.v)};
-#endif
-}
-
-// The bits of 32 floats rounded to bfloat16, `lower` first.
-inline __m512i round_to_bf16(vf lower, vf upper) {
-#if defined(FS_SIMD_EMULATED)
-  alignas(64) float floats[32];
-  alignas(64) bf16 rounded[32];
-  store(floats, lower);
-  store(floats + 16, upper);
-  for (int i = 0; i < 32; ++i) rounded[i] = to_bf16(floats[i]);
-  return _mm512_loadu_si512(rounded);
-#else
-  return (__m512i)_mm512_cvtne2ps_pbh(upper.v, lower.v);
-#endif
-}
-
 class AmxSpans {
  public:
-  static constexpr int kBlockRows = 2 * kAmxGroupRows;
+  static constexpr int kBlockRows = 3 * kAmxGroupRows;
 
   // The head sizes that tiles take.
   static bool takes(int64_t head_dim) { return head_dim % kAmxDepth == 0; }
@@ -88,29 +43,37 @@ class AmxSpans {
     rows_ = &rows;
     following_ = following;
     count_ = count;
-    fetches_ = first == 0;  // the rows after the first ones find keys and values in the cache
-    for (int64_t r = 0; r < count; ++r) visible_[r] = rows.visible(first + r);
+    is_first_ = first == 0;  // the rows after the first ones find keys and values in the cache
+    if (item_ != &rows.item || kv_head_ != rows.kv_head) {
+      is_warm_ = item_ != nullptr && stays_warm(*item_, kv_head_, rows);
+      item_ = &rows.item;
+      kv_head_ = rows.kv_head;
+    }
     tiles_.configure(count);
-    const uint16_t sign = is_negative_ ? 0x8000 : 0;
-    for (int64_t r = 0; r < count; ++r) {
-      const float* from = rows.query(first + r);
+    const __m512i sign = _mm512_set1_epi16(static_cast<short>(is_negative_ ? 0x8000 : 0));
+    rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
+      visible_[r] = rows.visible(token);
+      const float* from = rows.query(token, head);
       for (int64_t d = 0; d < dim_; d += 2 * kLanes) {
         const __m512i q = round_to_bf16(load(from + d), load(from + d + kLanes));
-        _mm512_storeu_si512(q_ + r * dim_ + d,
-                            _mm512_xor_si512(q, _mm512_set1_epi16(static_cast<short>(sign))));
+        _mm512_storeu_si512(q_ + r * dim_ + d, _mm512_xor_si512(q, sign));
       }
-    }
+    });
   }
 
   void attend_span(int64_t span_begin, const Partials& partials) {
     const TokenRange all = overlap(seen_by_some(0, count_), {span_begin, span_begin + rows_->op.span});
-    bool is_empty[kBlockRows / kAmxGroupRows] = {true, true};
+    bool is_empty[kBlockRows / kAmxGroupRows];
+    for (bool& group : is_empty) group = true;
+    const KvSection none{};
     for (int64_t at = span_begin; at < all.end && all.begin < all.end;) {
       const KvSection section(*rows_, cache_, all, at);
       at = section.tokens.end;
       KvSection next;
-      if (fetches_) {
-        if (section.keys[2 * section.first_step] != fetched_) KeyFetch(section, dim_, size_).rest();
+      if (is_first_) {
+        if (!is_warm_ && section.keys[2 * section.first_step] != fetched_) {
+          KeyFetch(section, dim_, size_).rest();
+        }
         next = following_section(at);
         fetched_ = next.is_empty() ? nullptr : next.keys[2 * next.first_step];
       }
@@ -121,7 +84,12 @@ class AmxSpans {
         bool& is_first = is_empty[r / kAmxGroupRows];
         Partials to = partials;
         if (!is_first) to = section_.partials(partials.stride);
-        attend_section(r, n, section, next, to);
+        if (r == 0 && is_first_ && !(is_warm_ && next.is_empty())) {
+          attend_section(r, n, section, to, KeyFetch(next, dim_, size_),
+                         ValueFetch(is_warm_ ? none : section, dim_, size_));
+        } else {
+          attend_section(r, n, section, to, NoFetch(), NoFetch());
+        }
         if (!is_first) fold_rows(n, [&](int64_t i) { return partials.row(r + i); }, to.from(r), dim_);
         is_first = false;
       }
@@ -139,22 +107,32 @@ class AmxSpans {
 
  private:
   static constexpr int64_t kSection = KvSection::kTokens;
-  // Lines of odd numbers of cache lines, so that rows do not share sets of the cache.
-  static constexpr int64_t kScoreStride = kSection + 16;
-  static constexpr int64_t kWeightStride = kSection + 32;
+  static_assert(kSection == ScoreRows::kKeys);
+  static constexpr int64_t kScoreStride = ScoreRows::kScoreStride;
+  static constexpr int64_t kWeightStride = ScoreRows::kWeightStride;
 
   TokenRange seen_by_some(int64_t r, int64_t n) const { return {visible_[r].begin, visible_[r + n - 1].end}; }
   TokenRange seen_by_all(int64_t r, int64_t n) const { return {visible_[r + n - 1].begin, visible_[r].end}; }
 
   int64_t key_line() const { return 2 * size_; }
 
-  // What this worker reads next: of the same rows from token `at` on, or else of the unit that follows.
+  // Whether the keys and values of `rows` are in L2 after a unit of `item` and `kv_head`.
+  bool stays_warm(const AttentionItem& item, int64_t kv_head, const PackedRows& rows) const {
+    constexpr int64_t kBytes = 1 << 20;
+    return rows.kv_head == kv_head && rows.item.request == item.request &&
+           rows.item.kv_begin >= item.kv_begin && rows.item.kv_end <= item.kv_end &&
+           (item.kv_end - item.kv_begin) * 2 * dim_ * int64_t{sizeof(bf16)} <= kBytes;
+  }
+
+  // What this worker has to ask for next: of the same rows from token `at` on, or else of the unit that
+  // follows.
   KvSection following_section(int64_t at) const {
     const TokenRange all = seen_by_some(0, count_);
-    if (at < all.end) return {*rows_, cache_, all, at};
-    if (following_ == nullptr) return {};
+    if (at < all.end) return is_warm_ ? KvSection() : KvSection(*rows_, cache_, all, at);
+    if (following_ == nullptr || stays_warm(rows_->item, rows_->kv_head, *following_)) return {};
     const int64_t n = following_->count() < kBlockRows ? following_->count() : kBlockRows;
-    const TokenRange theirs{following_->visible(0).begin, following_->visible(n - 1).end};
+    const TokenRange theirs{following_->visible(0).begin,
+                            following_->visible(following_->token_of(n - 1)).end};
     if (theirs.begin >= theirs.end) return {};
     return {*following_, cache_, theirs, following_->item.kv_begin / rows_->op.span * rows_->op.span};
   }
@@ -165,16 +143,18 @@ class AmxSpans {
   }
 
   // The partials of rows [r, r + n) of the block, n <= kAmxGroupRows, over what they see of a section.
-  // Meanwhile asks for its values and for the keys of the next.
-  void attend_section(int64_t r, int64_t n, const KvSection& section, const KvSection& next,
-                      const Partials& to) {
+  // Asks for `values` while scores are made and weighed, then, with values, for `keys`: those of the next
+  // section.
+  template <class Keys, class Values>
+  void attend_section(int64_t r, int64_t n, const KvSection& section, const Partials& to, Keys keys,
+                      Values values) {
     const TokenRange seen = overlap(seen_by_some(r, n), section.tokens);
     if (!is_finite_where_hidden(seen, overlap(seen_by_all(r, n), section.tokens))) {
       // A weight of zero would not keep the value out of a row that may not see it: row by row.
       for (int64_t i = r; i < r + n; ++i) {
         const TokenRange of_row = overlap(visible_[i], section.tokens);
         if (of_row.begin < of_row.end) {
-          attend_section(i, 1, section, {}, to);
+          attend_section(i, 1, section, to, NoFetch(), NoFetch());
         } else {
           std::memset(to.row(i).out, 0, static_cast<size_t>(dim_) * sizeof(float));
           to.max[i] = -__builtin_inff();
@@ -186,11 +166,6 @@ class AmxSpans {
     const int64_t at = section.tokens.begin;
     const auto first = static_cast<int>((seen.begin - at) / kAmxDepth);
     const auto end = static_cast<int>((seen.end - 1 - at) / kAmxDepth + 1);
-    // While scores are made and weighed, values are asked for; then, with values, the keys of the next
-    // section.
-    const KvSection none{};
-    const bool fetches = fetches_ && r == 0;
-    ValueFetch values(fetches ? section : none, dim_, size_);
     for (int step = first; step < end; ++step) {
       tiles_.multiply(scores_ + step * kAmxDepth, kScoreStride, q_ + r * dim_, dim_, n, dim_ / kAmxDepth,
                       key_line(), [&](int64_t depth, int half) __attribute__((always_inline)) {
@@ -198,18 +173,19 @@ class AmxSpans {
                         return section.keys[2 * step + half] + depth * (kAmxDepth / 2) * key_line();
                       });
     }
-    for (int64_t i = 0; i < n; ++i) {
-      weigh(i, overlap(visible_[r + i], section.tokens), at, first, end, &values, to.max + r + i,
-            to.sum + r + i);
-    }
+    const ScoreRows rows{scores_, weights_, first, end, scale_};
+    rows.weigh(n, visible_ + r, at, to.max + r, [&]() __attribute__((always_inline)) { values.next(3); });
     values.rest();
     find_values(section, first, end, seen);
-    multiply_values(n, first, end, fetches ? next : none, to.out + r * to.stride, to.stride);
+    multiply_values(n, first, end, keys, to.out + r * to.stride, to.stride);
+    tiles_.multiply<1>(sums_, kAmxColumns, weights_ + first * kAmxDepth, kWeightStride, n, end - first,
+                       2 * kAmxColumns, [&](int64_t, int) { return kOnes.value; });
+    for (int64_t i = 0; i < n; ++i) to.sum[r + i] = sums_[i * kAmxColumns];
   }
 
-  void multiply_values(int64_t n, int first, int end, const KvSection& next, float* out, int64_t stride) {
+  template <class Keys>
+  void multiply_values(int64_t n, int first, int end, Keys& keys, float* out, int64_t stride) {
     const int64_t steps = end - first;
-    KeyFetch keys(next, dim_, size_);
     const int64_t tiles = steps * dim_ / kAmxColumns;
     const int64_t lots = (keys.count() + tiles - 1) / tiles;
     const auto tile = [&](int64_t step, int64_t column) __attribute__((always_inline)) {
@@ -230,69 +206,6 @@ class AmxSpans {
         d += 2 * kAmxColumns;
       }
     }
-  }
-
-  // The weights of row i of the group: steps [first, end) of the section that begins at `at`.
-  void weigh(int64_t i, TokenRange visible, int64_t at, int first, int end, ValueFetch* values,
-             float* max_score, float* sum) {
-    const float* scores = scores_ + i * kScoreStride;
-    bf16* weights = weights_ + i * kWeightStride;
-    if (visible.begin >= visible.end) {
-      for (int step = first; step < end; ++step) {
-        _mm512_storeu_si512(weights + step * kAmxDepth, _mm512_setzero_si512());
-      }
-      *max_score = -__builtin_inff();
-      *sum = 0.0f;
-      return;
-    }
-    const auto from = static_cast<int>(visible.begin - at);
-    const auto to = static_cast<int>(visible.end - at);
-    vf highest = set1(-__builtin_inff());
-    vf highest_upper = highest;
-    for (int step = first; step < end; ++step) {
-      const uint32_t mask = visible_keys(from - step * kAmxDepth, to - step * kAmxDepth);
-      const vf lower = load(scores + step * kAmxDepth);
-      const vf upper = load(scores + step * kAmxDepth + kLanes);
-      if (mask == ~0u) [[likely]] {
-        highest = max(highest, lower);
-        highest_upper = max(highest_upper, upper);
-      } else {
-        const auto of_lower = static_cast<__mmask16>(mask);
-        const auto of_upper = static_cast<__mmask16>(mask >> 16);
-        highest = {_mm512_mask_max_ps(highest.v, of_lower, highest.v, lower.v)};
-        highest_upper = {_mm512_mask_max_ps(highest_upper.v, of_upper, highest_upper.v, upper.v)};
-      }
-    }
-    const float top = _mm512_reduce_max_ps(max(highest, highest_upper).v) * scale_;
-    const vf scale = set1(scale_);
-    const vf shift = set1(-top);
-    vf even = zero();
-    vf odd = zero();
-    for (int step = first; step < end; ++step) {
-      values->next(3);
-      const uint32_t mask = visible_keys(from - step * kAmxDepth, to - step * kAmxDepth);
-      vf lower = weight_of(load(scores + step * kAmxDepth), scale, shift);
-      vf upper = weight_of(load(scores + step * kAmxDepth + kLanes), scale, shift);
-      if (mask != ~0u) [[unlikely]] {
-        lower = {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), lower.v)};
-        upper = {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask >> 16), upper.v)};
-      }
-      const __m512i rounded = round_to_bf16(lower, upper);
-      _mm512_storeu_si512(weights + step * kAmxDepth, rounded);
-      even = even + vf{_mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16))};
-      const __m512i odd_bits = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-      odd = odd + vf{_mm512_castsi512_ps(_mm512_and_si512(rounded, odd_bits))};
-    }
-    *max_score = top;
-    *sum = reduce_add(even + odd);
-  }
-
-  // Bits [from, to) of 32.
-  static uint32_t visible_keys(int from, int to) {
-    if (from <= 0 && to >= 32) return ~0u;
-    if (from >= 32 || to <= 0) return 0;
-    const uint32_t below_end = to >= 32 ? ~0u : (1u << to) - 1;
-    return from <= 0 ? below_end : below_end & ~((1u << from) - 1);
   }
 
   // The values of each step: where they lie if one block holds them all and all are seen by somebody, else
@@ -329,10 +242,14 @@ class AmxSpans {
     for (int64_t t = seen.begin; t < seen.end; ++t) {
       if (t == common.begin && common.begin < common.end) t = common.end;
       if (t == seen.end) break;
-      const bf16* value = values_of(t);
-      bool is_finite = true;
-      for (int64_t d = 0; d < dim_; ++d) is_finite &= (value[2 * d] & 0x7f80u) != 0x7f80u;
-      if (!is_finite) return false;
+      const bf16* pair = values_of(t / 2 * 2);
+      const __m512i exponent = _mm512_set1_epi32(t % 2 == 0 ? 0x7f80 : 0x7f800000);
+      __mmask16 is_bad = 0;
+      for (int64_t d = 0; d < 2 * dim_; d += 32) {
+        const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(pair + d), exponent);
+        is_bad |= _mm512_cmpeq_epi32_mask(bits, exponent);
+      }
+      if (is_bad != 0) return false;
     }
     return true;
   }
@@ -345,12 +262,16 @@ class AmxSpans {
   const PackedRows* rows_ = nullptr;
   const PackedRows* following_ = nullptr;
   int64_t count_ = 0;
-  bool fetches_ = false;
+  bool is_first_ = false;
+  bool is_warm_ = false;
+  const AttentionItem* item_ = nullptr;  // of this unit
+  int64_t kv_head_ = 0;
   const bf16* fetched_ = nullptr;  // the first keys of the section that was asked for last
   TokenRange visible_[kBlockRows];
   const bf16* values_[kSection / kAmxDepth];
   PartialsMemory<kBlockRows> section_;
   alignas(64) bf16 q_[(kBlockRows + kAmxGroupRows) * kMaxHeadDim];
+  alignas(64) float sums_[kAmxGroupRows * kAmxColumns];
   alignas(64) float scores_[kAmxGroupRows * kScoreStride];
   alignas(64) bf16 weights_[kAmxGroupRows * kWeightStride];
   alignas(64) bf16 copied_[kSection * kMaxHeadDim];

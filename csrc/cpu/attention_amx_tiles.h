@@ -19,6 +19,15 @@ inline constexpr int kAmxDepth = 32;                // summed by one instruction
 inline constexpr int kAmxColumns = 16;              // of one tile
 inline constexpr int kAmxGroupRows = 2 * kAmxRows;  // that share each load of the right matrix
 
+// The right matrix of a product whose every column is the sum of a row.
+struct OnesTile {
+  alignas(64) bf16 value[kAmxDepth * kAmxColumns];
+  constexpr OnesTile() : value() {
+    for (bf16& one : value) one = 0x3f80;
+  }
+};
+inline constexpr OnesTile kOnes;
+
 #if !defined(FS_SIMD_EMULATED)
 
 class AttentionTiles {
@@ -46,22 +55,33 @@ class AttentionTiles {
     _tile_loadconfig(&shape);
   }
 
-  // out[row][column] of 32 columns (64, if kColumnTiles is 4) = the sum over `steps` of left[row][32 * step +
-  // k]
-  // * right(step, column tile), tiles of 16 lines (pairs of k) x 16 columns x 2, right_line elements apart.
+  // out[row][column] of kColumnTiles times 16 columns = the sum over `steps` of left[row][32 * step + k] *
+  // right(step, column tile), tiles of 16 lines (pairs of k) x 16 columns x 2, right_line elements apart.
   // right() is called once for each tile, in ascending order. Rows up to a multiple of 16 (below 16: as
   // configured) are read and written.
   template <int kColumnTiles = 2, class Right>
   void multiply(float* out, int64_t out_stride, const bf16* left, int64_t left_stride, int64_t num_rows,
                 int64_t steps, int64_t right_line, const Right& right) const {
-    static_assert(kColumnTiles == 2 || kColumnTiles == 4);
+    static_assert(kColumnTiles == 1 || kColumnTiles == 2 || kColumnTiles == 4);
     asm volatile("" ::: "memory");
     const int64_t out_line = out_stride * int64_t{sizeof(float)};
     const int64_t left_line = left_stride * int64_t{sizeof(bf16)};
     right_line *= int64_t{sizeof(bf16)};
     _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (kColumnTiles == 4) {
+    if constexpr (kColumnTiles > 1) _tile_zero(1);
+    if constexpr (kColumnTiles == 1) {
+      const bool has_lower = num_rows > kAmxRows;
+      if (has_lower) _tile_zero(2);
+      for (int64_t step = 0; step < steps; ++step) {
+        _tile_loadd(6, right(step, 0), right_line);
+        _tile_loadd(4, left + step * kAmxDepth, left_line);
+        _tile_dpbf16ps(0, 4, 6);
+        if (!has_lower) continue;
+        _tile_loadd(5, left + kAmxRows * left_stride + step * kAmxDepth, left_line);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if (has_lower) _tile_stored(2, out + kAmxRows * out_stride, out_line);
+    } else if constexpr (kColumnTiles == 4) {
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t step = 0; step < steps; ++step) {
@@ -103,7 +123,7 @@ class AttentionTiles {
       }
     }
     _tile_stored(0, out, out_line);
-    _tile_stored(1, out + kAmxColumns, out_line);
+    if constexpr (kColumnTiles > 1) _tile_stored(1, out + kAmxColumns, out_line);
     asm volatile("" ::: "memory");
   }
 

@@ -124,6 +124,13 @@ class Fetch {
 using KeyFetch = Fetch<true>;
 using ValueFetch = Fetch<false>;
 
+// Where there is nothing to ask for.
+struct NoFetch {
+  int64_t count() const { return 0; }
+  __attribute__((always_inline)) void next(int64_t) {}
+  __attribute__((always_inline)) void rest() {}
+};
+
 }  // namespace fs::FS_ISA
 
 #endif

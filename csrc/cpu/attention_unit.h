@@ -32,24 +32,35 @@ struct PackedRows {
 
   int64_t count() const { return item.num_rows * shape.group; }
   int64_t token_of(int64_t packed) const { return packed / shape.group; }
-  int64_t head_of(int64_t packed) const { return kv_head * shape.group + packed % shape.group; }
-  const float* query(int64_t packed) const {
-    return op.q.ptr<const float>() + (item.row_begin + token_of(packed)) * op.q.stride[0] +
-           head_of(packed) * shape.head_dim;
+  // Calls f(i, token, head) for packed rows first + i, i < count: the item's token and the query head.
+  template <class F>
+  __attribute__((always_inline)) void for_each(int64_t first, int64_t count, const F& f) const {
+    int64_t token = first / shape.group;
+    int64_t of_group = first % shape.group;
+    for (int64_t i = 0; i < count; ++i) {
+      f(i, token, kv_head * shape.group + of_group);
+      of_group += 1;
+      if (of_group == shape.group) {
+        of_group = 0;
+        token += 1;
+      }
+    }
   }
-  float* out(int64_t packed) const {
-    return op.out.ptr<float>() + (item.row_begin + token_of(packed)) * op.out.stride[0] +
-           head_of(packed) * shape.head_dim;
+  const float* query(int64_t token, int64_t head) const {
+    return op.q.ptr<const float>() + (item.row_begin + token) * op.q.stride[0] + head * shape.head_dim;
+  }
+  float* out(int64_t token, int64_t head) const {
+    return op.out.ptr<float>() + (item.row_begin + token) * op.out.stride[0] + head * shape.head_dim;
   }
   // Where the workspace has a row's partial.
-  Partial stored(int64_t packed, int64_t part) const {
-    const int64_t slot = item.slot + part * item.num_rows + token_of(packed);
-    float* at = op.workspace.ptr<float>() + slot * shape.slot_size + head_of(packed) * (shape.head_dim + 2);
+  Partial stored(int64_t token, int64_t head, int64_t part) const {
+    const int64_t slot = item.slot + part * item.num_rows + token;
+    float* at = op.workspace.ptr<float>() + slot * shape.slot_size + head * (shape.head_dim + 2);
     return {at, at + shape.head_dim, at + shape.head_dim + 1};
   }
-  // Which KV tokens of this item a row sees. Later rows see later tokens.
-  TokenRange visible(int64_t packed) const {
-    const int64_t position = item.position + token_of(packed);
+  // Which KV tokens of this item a token sees. Later ones see later tokens.
+  TokenRange visible(int64_t token) const {
+    const int64_t position = item.position + token;
     const int64_t begin = op.window == 0 ? 0 : position - op.window + 1;
     return overlap({begin, position + 1}, {item.kv_begin, item.kv_end});
   }
@@ -116,20 +127,25 @@ class Unit {
     if (item.num_parts > 1) return;
     if (item.num_parts == 1) {
       if (first_span == item_span) return store_partials(rows, first, count, 0, *folded);
-      return fold_rows(count, [&](int64_t r) { return rows.stored(first + r, 0); }, *folded, dim);
+      Partial stored[Spans::kBlockRows];
+      rows.for_each(first, count,
+                    [&](int64_t r, int64_t token, int64_t head) { stored[r] = rows.stored(token, head, 0); });
+      return fold_rows(count, [&](int64_t r) { return stored[r]; }, *folded, dim);
     }
-    for (int64_t r = 0; r < count; ++r) write_output(rows.out(first + r), folded->row(r), dim);
+    rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
+      write_output(rows.out(token, head), folded->row(r), dim);
+    });
   }
 
   void store_partials(const PackedRows& rows, int64_t first, int64_t count, int64_t part,
                       const Partials& partials) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const Partial to = rows.stored(first + r, part);
+    rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
+      const Partial to = rows.stored(token, head, part);
       std::memcpy(to.out, partials.out + r * partials.stride,
                   static_cast<size_t>(shape_.head_dim) * sizeof(float));
       *to.max = partials.max[r];
       *to.sum = partials.sum[r];
-    }
+    });
   }
 
   const AttentionShape& shape_;

@@ -60,7 +60,7 @@ struct AttentionPlanOptions {
   int window = 0;        // a row sees its last `window` tokens, itself included; 0: all
   // Packed rows (tokens * group_size) that an item holds at most, but at least a token; and the same for
   // items whose rows are of several requests.
-  int rows_per_item = 48;
+  int rows_per_item = 96;
   int rows_per_shared_item = 384;
   // To write and read one partial of one query head moves as many bytes as reading so many tokens of its KV
   // head: 2 * 4 * (head_dim + 2) against 4 * head_dim for 16-bit KV, and there is a fold. 0: share whatever

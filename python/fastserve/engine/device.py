@@ -116,7 +116,7 @@ class CpuDevice:
 
     name = "cpu"
     exact = True
-    rows_per_item = 48
+    rows_per_item = 96
     rows_per_shared_item = 384
     rows_per_warp = 0
     rows_per_token_read = 4
