@@ -128,6 +128,38 @@ TEST_F(Kernel, CooperativeLaunchThatCannotBeResident) {
   EXPECT_EQ(cudaGetLastError(), cudaErrorCooperativeLaunchTooLarge);
 }
 
+// An sm_80 multiprocessor has 2,048 threads, 32 blocks and 164 KB of shared memory, of which each block costs
+// 1 KB more than it asks for.
+TEST_F(Kernel, AttributesAndOccupancy) {
+  const void* kernel = transpose_kernel();
+  cudaFuncAttributes attributes;
+  ASSERT_EQ(cudaFuncGetAttributes(&attributes, kernel), cudaSuccess);
+  EXPECT_EQ(attributes.sharedSizeBytes, 4096u);
+  EXPECT_EQ(attributes.maxThreadsPerBlock, 1024);
+  EXPECT_EQ(attributes.localSizeBytes, 0u);
+
+  const auto blocks = [&](int threads, size_t dynamic_shared) {
+    int count = -1;
+    EXPECT_EQ(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, dynamic_shared),
+              cudaSuccess);
+    return count;
+  };
+  EXPECT_EQ(blocks(256, 0), 8);
+  EXPECT_EQ(blocks(1024, 0), 2);
+  EXPECT_EQ(blocks(32, 0), 32);
+  EXPECT_EQ(blocks(32, 60'000), 2);
+  EXPECT_EQ(blocks(32, 80'000), 1);
+
+  EXPECT_EQ(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 100'000), cudaSuccess);
+  ASSERT_EQ(cudaFuncGetAttributes(&attributes, kernel), cudaSuccess);
+  EXPECT_EQ(attributes.maxDynamicSharedSizeBytes, 100'000);
+  EXPECT_EQ(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 163 * 1024),
+            cudaErrorInvalidValue);  // with the static bytes it is too much
+  cudaGetLastError();
+  EXPECT_EQ(cudaFuncGetAttributes(&attributes, &attributes), cudaErrorInvalidDeviceFunction);
+  cudaGetLastError();
+}
+
 TEST_F(Kernel, LastBlockSums) {
   for (uint64_t seed = 0; seed < 4; ++seed) {
     configure([&](auto& c) { c.seed = seed, c.check_global_race = 1, c.weak_memory = 1; });

@@ -59,6 +59,7 @@ void launch_atomics(int* words);                        // 256 threads into 16 c
 void launch_copy(const float* in, float* out, int n, int stride, cudaStream_t stream);
 void launch_add(float* data, int n, float value, cudaStream_t stream);
 void launch_transpose(const float* in, float* out, bool padded);  // 32 x 32 through shared memory
+const void* transpose_kernel();                                   // its handle; 4,096 bytes of shared memory
 void launch_print();
 void launch_switch(const int* in, int* out, int n);  // brx.idx and function calls
 
