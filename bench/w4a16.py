@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128,512", help="numbers of rows")
     parser.add_argument("--form", choices=FORMS, default="minimums")
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--activation-bits", type=int, choices=(8, 16), default=8)
+    parser.add_argument("--activation-bits", type=int, choices=(8, 12, 16), default=8)
     parser.add_argument("--threads", type=int, default=_native.num_physical_cores())
     parser.add_argument("--isa", choices=_native.isas(), default=_native.isa())
     parser.add_argument("--seconds", type=float, default=0.2, help="time spent on each measurement")

@@ -99,6 +99,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"dtype": "float32"},
     "int4 with float activations": {"activation_dtype": "float"},
+    "int4 with int12 activations": {"activation_dtype": "int12"},
     "int4 with int8 activations": {"activation_dtype": "int8"},
 }
 

@@ -95,7 +95,7 @@ void linear_int4(benchmark::State& state, int64_t activation_bits) {
   bench::report(state,
                 static_cast<double>(weights.bytes()) + static_cast<double>(4 * tokens * (rows + depth)),
                 static_cast<double>(2 * tokens * rows * depth),
-                activation_bits == 8 ? floors.int8_ops_per_s : floors.bf16_flops_per_s);
+                activation_bits == 16 ? floors.bf16_flops_per_s : floors.int8_ops_per_s);
   state.counters["x_bf16"] = bf16_seconds(out, x) / each;
 }
 
@@ -113,6 +113,7 @@ void shapes(benchmark::internal::Benchmark* benchmark) {
 }  // namespace
 
 BENCHMARK_CAPTURE(linear_int4, float_activations, 16)->Apply(shapes);
+BENCHMARK_CAPTURE(linear_int4, int12_activations, 12)->Apply(shapes);
 BENCHMARK_CAPTURE(linear_int4, int8_activations, 8)->Apply(shapes);
 
 int main(int argc, char** argv) {

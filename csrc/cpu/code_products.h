@@ -7,6 +7,7 @@
 //                     otherwise pairs go into 16-bit sums, which a block of 32 inputs cannot overflow:
 //                     15 * 127 * 16 < 2^15
 //   ByteProducts      the same with codes of 8 bits
+//   WideProducts      either of them with inputs of 12 bits, in two planes of bytes (quantize_rows.h)
 //   Bf16Products      inputs are bf16, in the order 0 2 1 3 of every four (a 32-bit word of a line holds
 //   codes
 //                     of inputs 0 and 2 at the same distance as 1 and 3)
@@ -18,6 +19,7 @@
 
 #include "core/simd.h"
 #include "cpu/linear_tile.h"  // each
+#include "layout/quantized_panel.h"
 
 namespace fs::FS_ISA {
 
@@ -29,6 +31,7 @@ namespace fs::FS_ISA {
 
 struct IntegerProducts {
   using Input = int8_t;
+  static constexpr int kPlanes = 1;
   static constexpr bool kHasScales = true;  // of the inputs, one per block
   static constexpr int kHalves = 2;
   static constexpr int kLineBytes = 64;
@@ -148,6 +151,7 @@ struct IntegerProducts {
 
 struct ByteProducts {
   using Input = int8_t;
+  static constexpr int kPlanes = 1;
   static constexpr bool kHasScales = true;
   static constexpr int kHighScale = 1;
   static constexpr int kLineBytes = 128;
@@ -196,6 +200,37 @@ struct ByteProducts {
 #endif
 };
 
+// Sums stay below 2^24 (15 * 16 * 2047 * 32 and 255 * 2047 * 32), so they are exact as float32.
+template <class Products>
+struct WideProducts {
+  using Input = int8_t;
+  static constexpr int kPlanes = 2;
+  static constexpr bool kHasScales = true;
+  static constexpr int kHalves = Products::kHalves;
+  static constexpr int kHighScale = Products::kHighScale;
+  static constexpr int kLineBytes = Products::kLineBytes;
+  struct Sum {
+    typename Products::Sum lower, upper;
+  };
+  static FS_INLINE Sum begin(int32_t offset) { return {Products::begin(offset), Products::begin(0)}; }
+  static FS_INLINE vf total(Sum sum, int32_t offset) {
+    return fma(Products::total(sum.upper, 0), set1(16.0f), Products::total(sum.lower, offset));
+  }
+
+  template <int V, int M>
+  static FS_INLINE void add_line(Sum (&sums)[kHalves * V * M], const uint8_t* p, const int8_t* x,
+                                 int64_t x_stride) {
+    typename Products::Sum lower[kHalves * V * M], upper[kHalves * V * M];
+    each<kHalves * V * M>([&](auto i) FS_INLINE {
+      lower[i.value] = sums[i.value].lower;
+      upper[i.value] = sums[i.value].upper;
+    });
+    Products::template add_line<V, M>(lower, p, x, x_stride);
+    Products::template add_line<V, M>(upper, p, x + QuantizedPanels::kBlock, x_stride);
+    each<kHalves * V * M>([&](auto i) FS_INLINE { sums[i.value] = {lower[i.value], upper[i.value]}; });
+  }
+};
+
 #if defined(FS_SIMD_BF16)
 // 0 to 15, or -8 to 7, as bf16, twice: the instruction that looks them up reads five bits.
 struct alignas(64) Bf16Table {
@@ -215,6 +250,7 @@ inline constexpr Bf16Table kBf16SignedCodes = bf16_codes(-8);
 template <bool kSigned>
 struct Bf16Products {
   using Input = bf16;
+  static constexpr int kPlanes = 1;
   static constexpr bool kHasScales = false;
   static constexpr int kHalves = 2;
   static constexpr int kHighScale = 1;

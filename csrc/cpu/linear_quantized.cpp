@@ -42,17 +42,16 @@ template <int M, class F>
   f(Index<M>{});
 }
 
-// tile(op, Index<M>, panel, token) over all tokens and panels.
-template <class Input, class F>
+// tile(op, Index<M>, panel, token) over all tokens and panels, kMost tokens at a time.
+template <int kMost, class Input, class F>
 void run_tiles(const QuantizedProduct<Input>& op, int64_t num_tokens, const F& tile) {
-  const int64_t depth = op.panels.padded_depth();
   const auto range = [&](Span panels, Span tokens) {
-    const int64_t num_tiles = (tokens.size() + kMaxTokens - 1) / kMaxTokens;
+    const int64_t num_tiles = (tokens.size() + kMost - 1) / kMost;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       for (int64_t i = 0; i < num_tiles; ++i) {
         const Span piece = part(tokens.size(), num_tiles, i);
         const int64_t token = tokens.begin + piece.begin;
-        with_tokens<kMaxTokens>(piece.size(), [&](auto m) {
+        with_tokens<kMost>(piece.size(), [&](auto m) {
           if (!op.is_gated) return tile(op, m, panel, token);
           float results[m.value * QuantizedPanels::kRows];
           QuantizedProduct<Input> ungated = op;
@@ -66,13 +65,14 @@ void run_tiles(const QuantizedProduct<Input>& op, int64_t num_tokens, const F& t
       }
     }
   };
-  for_panel_ranges(op.panels.num_panels(), num_tokens, depth * static_cast<int64_t>(sizeof(Input)) + 1,
-                   QuantizedPanels::kRows * depth, kMaxTokens, range);
+  for_panel_ranges(op.panels.num_panels(), num_tokens, op.row_size * static_cast<int64_t>(sizeof(Input)) + 1,
+                   QuantizedPanels::kRows * op.panels.padded_depth(), kMost, range);
 }
 
 template <class Products, bool kHasOffsets>
 void run_blocks(const QuantizedProduct<typename Products::Input>& product, int64_t num_tokens) {
-  run_tiles(product, num_tokens, [&](const auto& op, auto m, int64_t panel, int64_t token) {
+  constexpr int kMost = kMaxTokens / Products::kPlanes;  // every plane has sums of its own
+  run_tiles<kMost>(product, num_tokens, [&](const auto& op, auto m, int64_t panel, int64_t token) {
     constexpr int V = m.value == 1 ? kVectorsOfHalf : 1;
     each_piece<Products::kHalves, V>(
         [&](int first) { block_tile<Products, kHasOffsets, V, m.value>(op, panel, first, token); });
@@ -81,15 +81,15 @@ void run_blocks(const QuantizedProduct<typename Products::Input>& product, int64
 
 template <int kBits>
 void run_dequantized(const QuantizedProduct<float>& product, int64_t num_tokens) {
-  run_tiles(product, num_tokens, [&](const auto& op, auto m, int64_t panel, int64_t token) {
+  run_tiles<kMaxTokens>(product, num_tokens, [&](const auto& op, auto m, int64_t panel, int64_t token) {
     constexpr int V = m.value == 1 ? kVectorsOfHalf : 1;
     each_piece<kBits == 4 ? 2 : 1, V>(
         [&](int first) { dequantized_tile<kBits, V, m.value>(op, panel, first, token); });
   });
 }
 
-// The workspace: inputs, then two arrays of a number per row and block.
-template <class Input>
+// The workspace: inputs, kPlanes numbers each, then two arrays of a number per row and block.
+template <class Input, int kPlanes = 1>
 struct Prepared {
   Input* x;
   float* first;
@@ -97,19 +97,20 @@ struct Prepared {
 
   Prepared(const Tensor& workspace, const Rows& rows)
       : x(workspace.ptr<Input>()),
-        first(reinterpret_cast<float*>(x + rows.count * rows.num_blocks() * kBlock)),
+        first(reinterpret_cast<float*>(x + rows.count * rows.num_blocks() * kBlock * kPlanes)),
         second(first + rows.count * rows.num_blocks()) {}
 };
 
-// Rounds to 8 bits. zero_code: the code of weight 0 where all sums begin with -zero_code times the inputs'
-// sum; 0: the sums of inputs are kept as real numbers instead.
+// Rounds to 8 bits, or to 12. zero_code: the code of weight 0 where all sums begin with -zero_code times the
+// inputs' sum; 0: the sums of inputs are kept as real numbers instead.
 template <class Products, bool kHasOffsets>
 void run_integer(QuantizedProduct<int8_t> op, const Rows& rows, const Tensor& workspace, int zero_code) {
-  const Prepared<int8_t> to(workspace, rows);
+  constexpr int kPlanes = Products::kPlanes;
+  const Prepared<int8_t, kPlanes> to(workspace, rows);
   const int64_t num_blocks = rows.num_blocks();
   rows.each_block([&](int64_t row, int64_t index, const float (&block)[kBlock]) {
     const int64_t at = row * num_blocks + index;
-    const QuantizedBlock quantized = quantize_block(to.x + at * kBlock, block);
+    const QuantizedBlock quantized = quantize_block<kPlanes>(to.x + at * kBlock * kPlanes, block);
     to.first[at] = quantized.scale;
     if (kHasOffsets) {
       static_cast<float*>(to.second)[at] = static_cast<float>(quantized.sum) * quantized.scale;
@@ -118,6 +119,7 @@ void run_integer(QuantizedProduct<int8_t> op, const Rows& rows, const Tensor& wo
     }
   });
   op.x = to.x;
+  op.row_size = num_blocks * kBlock * kPlanes;
   op.x_scales = to.first;
   op.offsets = kHasOffsets ? nullptr : static_cast<const int32_t*>(to.second);
   op.x_sums = kHasOffsets ? static_cast<const float*>(to.second) : nullptr;
@@ -163,6 +165,7 @@ QuantizedProduct<Input> product_of(const Op& op, const QuantizedPanels& panels, 
                                   .packed = op.packed.template ptr<const uint8_t>(),
                                   .zero_points = zero_points,
                                   .x = nullptr,
+                                  .row_size = panels.padded_depth(),
                                   .x_scales = nullptr,
                                   .offsets = nullptr,
                                   .x_sums = nullptr,
@@ -177,23 +180,27 @@ QuantizedProduct<Input> product_of(const Op& op, const QuantizedPanels& panels, 
   return product;
 }
 
+// Int4 weights by integers, of which Products makes sums.
+template <class Products>
+void run_int4(const QuantizedProduct<int8_t>& product, const Rows& rows, const Tensor& workspace) {
+  if (product.panels.has_offsets) {
+    run_integer<Products, true>(product, rows, workspace, 0);
+  } else {
+    run_integer<Products, false>(product, rows, workspace, kSymmetricZero);
+  }
+}
+
 template <class Op>
 void linear_int4(const Op& op, const OpContext&) {
   const auto [form, panels, order] = check_int4(op);
-  const bool has_offsets = panels.has_offsets, zero_points = form == Int4Form::zero_points;
+  const bool zero_points = form == Int4Form::zero_points;
   const Rows rows = rows_of(op, order);
-  if (op.activation_bits == 8) {
-    const auto product = product_of<int8_t>(op, panels, zero_points);
-    if (has_offsets) {
-      run_integer<IntegerProducts, true>(product, rows, op.workspace, 0);
-    } else {
-      run_integer<IntegerProducts, false>(product, rows, op.workspace, kSymmetricZero);
-    }
-    return;
-  }
+  const auto integers = product_of<int8_t>(op, panels, zero_points);
+  if (op.activation_bits == 8) return run_int4<IntegerProducts>(integers, rows, op.workspace);
+  if (op.activation_bits == 12) return run_int4<WideProducts<IntegerProducts>>(integers, rows, op.workspace);
 #if defined(FS_SIMD_BF16)
   const auto product = product_of<bf16>(op, panels, zero_points);
-  if (has_offsets) {
+  if (panels.has_offsets) {
     run_bf16<true>(product, rows, op.workspace);
   } else {
     run_bf16<false>(product, rows, op.workspace);
@@ -209,6 +216,9 @@ void linear_int8(const Op& op, const OpContext&) {
   const Rows rows = rows_of(op, nullptr);
   if (op.activation_bits == 8) {
     run_integer<ByteProducts, false>(product_of<int8_t>(op, panels, false), rows, op.workspace, 128);
+  } else if (op.activation_bits == 12) {
+    run_integer<WideProducts<ByteProducts>, false>(product_of<int8_t>(op, panels, false), rows, op.workspace,
+                                                   128);
   } else {
     run_float<8>(product_of<float>(op, panels, false), rows, op.workspace);
   }

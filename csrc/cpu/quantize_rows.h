@@ -48,15 +48,22 @@ struct Rows {
   }
 };
 
+// Integers of a block of activations: kPlanes == 1: q of 8 bits; 2: q = 16 * upper + lower of 12 bits, 32
+// lower bytes in [0, 15] before 32 upper ones.
+//
 // x ~ scale * q. A row with NaN or infinity has the scale NaN in that block. `sum` adds up q. Written for the
 // compiler's vectoriser: the same bits on every instruction set.
 struct QuantizedBlock {
   float scale;
   int32_t sum;
 };
+template <int kPlanes>
 [[gnu::always_inline]] inline QuantizedBlock quantize_block(int8_t* q, const float (&x)[kBlock]) {
+  constexpr float kMost = kPlanes == 1 ? 127.0f : 2047.0f;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, ties to even
-  constexpr float kTiny = 1e-30f;        // below, 127 / largest could overflow; such a block counts as zero
+  // Below it a block counts as zero: kMost / largest could overflow, and a scale times a weight's be
+  // subnormal.
+  constexpr float kTiny = 1e-25f;
   uint32_t bits[kBlock], largest_bits = 0;  // magnitudes in order, NaN and infinity above all numbers
   std::memcpy(bits, x, sizeof(bits));
   for (int i = 0; i < kBlock; ++i) {
@@ -64,19 +71,24 @@ struct QuantizedBlock {
     largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
   }
   if (largest_bits >= 0x7f800000u) {
-    std::memset(q, 0, kBlock);
+    std::memset(q, 0, kBlock * kPlanes);
     return {__builtin_nanf(""), 0};
   }
   const float largest = __builtin_bit_cast(float, largest_bits);
-  const float inverse = largest < kTiny ? 0.0f : 127.0f / largest;
+  const float inverse = largest < kTiny ? 0.0f : kMost / largest;
   int32_t sum = 0;
   for (int i = 0; i < kBlock; ++i) {
     const float moved = x[i] * inverse + kMagic;
     const int32_t rounded = __builtin_bit_cast(int32_t, moved) - __builtin_bit_cast(int32_t, kMagic);
-    q[i] = static_cast<int8_t>(rounded);
+    if constexpr (kPlanes == 1) {
+      q[i] = static_cast<int8_t>(rounded);
+    } else {
+      q[i] = static_cast<int8_t>(rounded & 15);
+      q[kBlock + i] = static_cast<int8_t>(rounded >> 4);
+    }
     sum += rounded;
   }
-  return {largest < kTiny ? 0.0f : largest * (1.0f / 127.0f), sum};
+  return {largest < kTiny ? 0.0f : largest * (1.0f / kMost), sum};
 }
 
 }  // namespace fs::FS_ISA

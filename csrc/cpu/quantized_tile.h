@@ -15,13 +15,14 @@
 
 namespace fs::FS_ISA {
 
-// A product as a whole. Activations are rows of panels.padded_depth() numbers.
+// A product as a whole. Activations are rows of row_size numbers, whose blocks follow one another.
 template <class Input>
 struct QuantizedProduct {
   QuantizedPanels panels;
   const uint8_t* packed;
   bool zero_points;  // panels.has_offsets: these are zero points, not minimums
   const Input* x;
+  int64_t row_size;
   // Per row and block; null where the arithmetic has none.
   const float* x_scales;   // of int8 inputs
   const int32_t* offsets;  // integers that the sums of products begin with
@@ -32,7 +33,7 @@ struct QuantizedProduct {
   bool is_gated = false;                   // pairs of results become one (gate.h)
   int64_t first_token = 0, first_row = 0;  // those that `out` begins with
 
-  const Input* row(int64_t token) const { return x + token * panels.padded_depth(); }
+  const Input* row(int64_t token) const { return x + token * row_size; }
 };
 
 // What the rows of a vector share in a group: weight = scale * code + offset.
@@ -79,7 +80,7 @@ void block_tile(const QuantizedProduct<typename Products::Input>& op, int64_t pa
   constexpr int kVectors = Products::kHalves * V;
   constexpr int64_t kAhead = 2 * 1024;  // bytes of the stream: memory is always asked for something
   const QuantizedPanels panels = op.panels;
-  const int64_t num_blocks = panels.num_blocks(), x_stride = panels.padded_depth();
+  const int64_t num_blocks = panels.num_blocks(), x_stride = op.row_size;
   const auto row_of = [&](int vector) FS_INLINE { return first + vector / V * 16 + vector % V * kLanes; };
 
   vf sums[kVectors * M];
@@ -115,7 +116,7 @@ void block_tile(const QuantizedProduct<typename Products::Input>& op, int64_t pa
                                           x_stride);
       });
       p += panels.block_bytes();
-      x += kBlock;
+      x += kBlock * Products::kPlanes;
       each<M>([&](auto m) FS_INLINE {
         const int64_t index = at + m.value * num_blocks;
         each<kVectors>([&](auto i) FS_INLINE {
@@ -143,7 +144,7 @@ void dequantized_tile(const QuantizedProduct<float>& op, int64_t panel, int firs
   constexpr int kHalves = kBits == 4 ? 2 : 1, kVectors = kHalves * V;
   constexpr int kZero = kBits == 4 ? kSymmetricZero : 128;
   const QuantizedPanels panels = op.panels;
-  const int64_t num_blocks = panels.num_blocks(), x_stride = panels.padded_depth();
+  const int64_t num_blocks = panels.num_blocks(), x_stride = op.row_size;
   const auto row_of = [&](int vector) FS_INLINE { return first + vector / V * 16 + vector % V * kLanes; };
 
   vf sums[kVectors * M];

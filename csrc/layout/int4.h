@@ -45,7 +45,8 @@ FS_HOST_DEVICE constexpr int64_t num_groups_of(int64_t depth, int64_t group_size
 }
 
 [[gnu::always_inline]] inline void check_activation_bits(const char* op, int64_t bits) {
-  FS_CHECK(bits == 8 || bits == 16, op << ": activation_bits is " << bits << "; 8 and 16 are allowed");
+  FS_CHECK(bits == 8 || bits == 12 || bits == 16,
+           op << ": activation_bits is " << bits << "; 8, 12 and 16 are allowed");
 }
 
 }  // namespace fs

@@ -77,12 +77,14 @@ struct QuantizedPanels {
 };
 
 // Bytes of workspace that `linear_int4` and `linear_int8` need for up to max_tokens rows, for any instruction
-// set: the activations as they are multiplied, and per block of 32 a scale and a sum.
+// set: the activations as they are multiplied, and per block of 32 a scale and a sum, of which tiles have
+// room for whole sixteens of tokens.
 FS_HOST_DEVICE constexpr int64_t quantized_workspace_bytes(int64_t max_tokens, int64_t depth,
                                                            int64_t activation_bits) {
   const int64_t blocks = (depth + QuantizedPanels::kBlock - 1) / QuantizedPanels::kBlock;
-  const int64_t width = activation_bits == 8 ? 1 : 4;
-  return max_tokens * blocks * (QuantizedPanels::kBlock * width + 8);
+  const int64_t width = activation_bits == 8 ? 1 : activation_bits == 12 ? 2 : 4;
+  const int64_t numbers = 2 * ((max_tokens + 15) / 16 * 16);
+  return blocks * (max_tokens * QuantizedPanels::kBlock * width + numbers * 4);
 }
 
 }  // namespace fs

@@ -146,8 +146,8 @@ struct PackInt4 {
 // input_order[k]. activation_bits says what is multiplied:
 //   16   the activations as they are (rounded to bfloat16 where the instruction set multiplies in bfloat16)
 //   8    on the CPU: activations rounded to 8 bits in groups of 32 inputs, x ~ s * q with s = max|x| / 127
-//        and integers q in [-127, 127] to nearest even; a row with NaN or infinity is NaN throughout. On CUDA
-//        as 16
+//        and integers q in [-127, 127] to nearest even; a row with NaN or infinity is NaN throughout
+//   12   the same with 2047 for 127. On CUDA both are as 16
 // `counters` as for `linear`.
 struct LinearInt4 {
   Tensor out, x, packed, bias, input_order, workspace, counters;

@@ -212,7 +212,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
     group.add_argument("--quantization", help="auto, or none: int4 weights are written out in --dtype (default: auto)")
-    group.add_argument("--activation-dtype", help="what int4 and int8 weights are multiplied with: auto, int8 or float")
+    group.add_argument(
+        "--activation-dtype", help="what int4 and int8 weights are multiplied with: auto, int8, int12 or float"
+    )
     group.add_argument("--lm-head-dtype", help="auto: as in the checkpoint, or int8 (default: auto)")
     group.add_argument("--max-model-len", type=int, help="longest context in tokens (default: what fits)")
     group.add_argument("--max-num-batched-tokens", type=int, help="tokens of one step")

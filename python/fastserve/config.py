@@ -310,7 +310,7 @@ class EngineConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     kv_cache_dtype: str = "auto"  # auto, float32, bfloat16, float16
     quantization: str = "auto"  # auto: int4 weights of the checkpoint stay int4; none: written out in dtype
-    activation_dtype: str = "auto"  # what int4 and int8 weights are multiplied with: auto, int8, float
+    activation_dtype: str = "auto"  # what int4 and int8 weights are multiplied with: auto, int8, int12, float
     lm_head_dtype: str = "auto"  # auto: as in the checkpoint; int8
     enable_prefix_caching: bool = True
     max_num_queued_requests: int = 4096  # waiting requests; one more is refused with QueueFull
@@ -344,7 +344,7 @@ class EngineConfig:
             "dtype": ("auto", "float32", "bfloat16", "float16"),
             "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16"),
             "quantization": ("auto", "none"),
-            "activation_dtype": ("auto", "int8", "float"),
+            "activation_dtype": ("auto", "int8", "int12", "float"),
             "lm_head_dtype": ("auto", "int8"),
             "device": ("auto", "cpu", "cuda"),
             "batch_order": ("prefix", "arrival"),

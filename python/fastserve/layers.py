@@ -35,7 +35,7 @@ class Precision:
     @staticmethod
     def of(config: EngineConfig, device: Device, dtype: torch.dtype) -> Precision:
         """Raises FastserveError for what the device cannot."""
-        wanted = {"auto": device.activation_bits[0], "int8": 8, "float": 16}[config.activation_dtype]
+        wanted = {"auto": device.activation_bits[0], "int8": 8, "int12": 12, "float": 16}[config.activation_dtype]
         if wanted not in device.activation_bits:
             raise FastserveError(f"activation_dtype={config.activation_dtype!r} is not available on {device.name}")
         if config.lm_head_dtype == "int8" and not device.has_int8:

@@ -89,7 +89,7 @@ def quantized_case(
         weight = weight_of(torch.Generator().manual_seed(SEED))
         assert torch.equal(linear_quantized.pack(weight), inputs["packed"]), "made by another seed"
         x = inputs["x"] if inputs.get("input_order") is None else inputs["x"][:, inputs["input_order"].long()]
-        x = quantize(x) if activation_bits == 8 else x.double()
+        x = x.double() if activation_bits == 16 else quantize(x, activation_bits)
         on_tiles = inputs["isa"].startswith("amx") and activation_bits == 16
         matrix = weight.on_tiles() if on_tiles else weight.value()
         return {"out": gated(x @ matrix.T, x.abs() @ weight.magnitude().T)}
@@ -101,7 +101,7 @@ def quantized_case(
         id=identity + "-order" * order,
         make=make,
         reference=reference,
-        length=16 + (4 * blocks if activation_bits == 8 else 3 * depth),
+        length=16 + (4 * blocks if activation_bits < 16 else 3 * depth),
         rows=("out", "x"),
         bf16_operands=("x",) if weight_bits == 4 and activation_bits == 16 else (),
         amx_operands=("x",) if activation_bits == 16 else (),
@@ -112,7 +112,7 @@ CASES = []
 for weight_dtype in linear.WEIGHT_DTYPES:
     CASES += [case(tokens, 48, 70, weight_dtype, strided=tokens % 2 == 0) for tokens in (0, 1, 2, 5, 6, 7, 13, 33, 70)]
     CASES += [case(9, 32, 101, weight_dtype, nan=True), case(3, 512, 300, weight_dtype)]
-for bits in (8, 16):
+for bits in (8, 12, 16):
     CASES += [quantized_case(tokens, 48, 70, FORMS[tokens % 3], 32, bits) for tokens in (0, 1, 2, 4, 7, 33, 70)]
     CASES += [quantized_case(3, 512, 300, "minimums", 64, bits), quantized_case(5, 16, 70, "symmetric", WHOLE, bits)]
     CASES += [quantized_case(4, 32, 70, "zero_points", 32, bits, order=True)]

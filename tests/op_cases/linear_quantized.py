@@ -155,16 +155,17 @@ def shown(group_size: int) -> str:
     return "row" if group_size == WHOLE else str(group_size)
 
 
-def quantize(x: torch.Tensor) -> torch.Tensor:
-    """Activations as `activation_bits=8` sees them: float32 arithmetic as declared, the result exact in float64."""
+def quantize(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Activations as `activation_bits` 8 and 12 see them: float32 arithmetic as declared, a result exact in float64."""
     tokens, depth = x.shape
     num_blocks = -(-depth // BLOCK)
     blocks = torch.zeros(tokens, num_blocks * BLOCK)
     blocks[:, :depth] = x
     blocks = blocks.reshape(tokens, num_blocks, BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
-    codes = torch.where(largest > 1e-30, (blocks * (127.0 / largest)).round(), 0.0)
-    scales = largest * torch.tensor(1.0 / 127.0)
+    most = torch.tensor(2.0 ** (bits - 1) - 1)  # of a number by a tensor torch makes a product with the reciprocal
+    codes = torch.where(largest > 1e-25, (blocks * (most / largest)).round(), 0.0)
+    scales = largest * (1 / most)
     return (codes.double() * scales.double()).reshape(tokens, num_blocks * BLOCK)[:, :depth]
 
 
@@ -213,7 +214,7 @@ def case(
         x = inputs["x"]
         if inputs.get("input_order") is not None:
             x = x[:, inputs["input_order"].long()]
-        x = quantize(x) if activation_bits == 8 else x.double()
+        x = x.double() if activation_bits == 16 else quantize(x, activation_bits)
         bias_term = torch.zeros(rows).double() if inputs["bias"] is None else inputs["bias"].double()
         # A row of zeros times infinities in padded or absent terms must not matter, so NaN rows are made by hand.
         on_tiles = inputs["isa"].startswith("amx") and activation_bits == 16
@@ -231,7 +232,7 @@ def case(
         id=name or identity + "-bias" * bias + "-strided" * strided + "-order" * order,
         make=make,
         reference=reference,
-        length=4 * blocks + 4 if activation_bits == 8 else 3 * depth + 4,
+        length=4 * blocks + 4 if activation_bits < 16 else 3 * depth + 4,
         rows=("out", "x"),
         bf16_operands=("x",) if rounds_inputs else (),
         amx_operands=("x",) if activation_bits == 16 else (),
@@ -272,7 +273,7 @@ CASES = [
 ]
 CASES += [pack_case(rows, depth, 8, group, "symmetric") for rows, depth, group in [(33, 100, 32), (40, 70, WHOLE)]]
 CASES += [pack_case(33, 70, 4, 32, "minimums", strided=True), pack_case(33, 70, 8, 32, "symmetric", strided=True)]
-for bits in (8, 16):
+for bits in (8, 12, 16):
     # Every token count up to the widest register tile and one over.
     CASES += [case(tokens, 40, 70, FORMS[tokens % 3], activation_bits=bits) for tokens in range(14)]
     CASES += [case(tokens, 40, 96, "minimums", 32, bits) for tokens in (24, 118, 152)]
@@ -294,12 +295,19 @@ for bits in (8, 16):
                 32,
                 bits,
                 weight_bits,
-                change=spoil if bits == 8 else spoil_with_nan,
+                change=spoil_with_nan if bits == 16 else spoil,
                 name=f"nonfinite-A{bits}",
             )
         )
-CASES += [case(9, 40, 64, change=extreme, name=f"extreme-{bits}", weight_bits=bits) for bits in (4, 8)]
+CASES += [
+    case(9, 40, 64, activation_bits=bits, weight_bits=of, change=extreme, name=f"extreme-{of}-A{bits}")
+    for of in (4, 8)
+    for bits in (8, 12)
+]
 # Large enough for several ranges of panels and, in the last, for several blocks of tokens.
+CASES += [
+    case(300, 40, 700, form, 64, bits) for bits, form in [(8, "zero_points"), (12, "minimums"), (12, "symmetric")]
+]
 CASES += [case(3, 1100, 576, "minimums"), case(3, 1100, 576, "zero_points", activation_bits=16)]
 CASES += [case(1030, 40, 300, "minimums", bias=True), case(200, 40, 515, "minimums", activation_bits=16)]
 
@@ -331,14 +339,14 @@ BAD_CASES = [
     BadCase("linear_int4", "group-size-0", changed(4, "group_size", 0), "group_size is 0; multiples of 32"),
     BadCase("linear_int4", "form", changed(4, "form", 3), "form is 3; 0 is symmetric"),
     BadCase("linear_int4", "other-form", changed(4, "form", 1), r"'packed' is \[2, 1728\].*\[2, 1920\]"),
-    BadCase("linear_int4", "bits", changed(4, "activation_bits", 4), "activation_bits is 4; 8 and 16"),
+    BadCase("linear_int4", "bits", changed(4, "activation_bits", 4), "activation_bits is 4; 8, 12 and 16"),
     BadCase("linear_int4", "order", changed(4, "input_order", out_of_range), r"input_order\[\d+\] is 70; inputs are"),
-    BadCase("linear_int4", "workspace", changed(4, "workspace", lambda w: w[1:]), r"'workspace' has 359 bytes; needs"),
+    BadCase("linear_int4", "workspace", changed(4, "workspace", lambda w: w[1:]), r"'workspace' has 671 bytes; needs"),
     BadCase("linear_int4", "panels", changed(4, "packed", lambda p: p[1:]), r"'packed' is \[1, 1728\].*\[2, 1728\]"),
     BadCase("linear_int8", "group-size", changed(8, "group_size", 33), "group_size is 33; multiples of 32"),
-    BadCase("linear_int8", "bits", changed(8, "activation_bits", 0), "activation_bits is 0; 8 and 16"),
+    BadCase("linear_int8", "bits", changed(8, "activation_bits", 0), "activation_bits is 0; 8, 12 and 16"),
     BadCase("linear_int8", "panels", changed(8, "packed", lambda p: p[1:]), r"'packed' is \[1, 3264\].*\[2, 3264\]"),
-    BadCase("linear_int8", "workspace", changed(8, "workspace", lambda w: w[1:]), r"'workspace' has 359 bytes; needs"),
+    BadCase("linear_int8", "workspace", changed(8, "workspace", lambda w: w[1:]), r"'workspace' has 671 bytes; needs"),
     BadCase("pack_int4", "group-size", changed_pack(4, "group_size", 31), "group_size is 31; multiples of 32"),
     BadCase("pack_int4", "groups", changed_pack(4, "group_size", 64), "'scales' has 3 groups; .* of 64 are 2"),
     BadCase("pack_int4", "packed", changed_pack(4, "packed", lambda p: p[1:]), r"'packed' is \[1, 1728\]; a weight"),

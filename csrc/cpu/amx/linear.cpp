@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// `linear` over bfloat16 weights, `linear_int4` and `linear_int8` with activations of 16 bits, and the gated
-// forms of these, on AMX's tile registers: weights of 4 and 8 bits become bfloat16 a chunk at a time, in the
-// L1 cache. Everything else is left to the kernels of avx512bf16.
+// `linear` over bfloat16 weights, `linear_int4` and `linear_int8`, and the gated forms of these, on AMX's
+// tile registers: for activations of 16 bits weights of 4 and 8 bits become bfloat16 a chunk at a time, in
+// the L1 cache. Everything else is left to the kernels of avx512bf16.
 #include "cpu/amx/product.h"
 
 #include "cpu/amx/dequantize.h"
+#include "cpu/amx/linear_integer.h"
 #include "cpu/amx/one_token.h"
 #include "cpu/linear_check.h"
 
@@ -100,17 +101,34 @@ void linear(const Op& op, const OpContext& context) {
 
 template <class Op>
 void linear_int4(const Op& op, const OpContext& context) {
-  if (op.activation_bits != 16) return run_below(op, context);
+  const bool rounds = op.activation_bits != 16, wide = op.activation_bits == 12;
+  if (rounds && op.x.shape[0] < least_tile_tokens(op.activation_bits)) return run_below(op, context);
   const auto [form, panels, order] = check_int4(op);
   const auto* packed = op.packed.template ptr<const uint8_t>();
-  multiply_quantized(op, order, DequantizedPanels<4>{panels, packed, form == Int4Form::zero_points});
+  const bool zero_points = form == Int4Form::zero_points;
+  if (!rounds) return multiply_quantized(op, order, DequantizedPanels<4>{panels, packed, zero_points});
+  const Rows rows = rows_of(op, order);
+  if (panels.has_offsets) {
+    const auto run = wide ? multiply_rounded<4, 2, true, decltype(output_of(op))>
+                          : multiply_rounded<4, 1, true, decltype(output_of(op))>;
+    run(rows, op.workspace, panels, packed, zero_points, output_of(op));
+  } else {
+    const auto run = wide ? multiply_rounded<4, 2, false, decltype(output_of(op))>
+                          : multiply_rounded<4, 1, false, decltype(output_of(op))>;
+    run(rows, op.workspace, panels, packed, false, output_of(op));
+  }
 }
 
 template <class Op>
 void linear_int8(const Op& op, const OpContext& context) {
-  if (op.activation_bits != 16) return run_below(op, context);
+  const bool rounds = op.activation_bits != 16;
+  if (rounds && op.x.shape[0] < least_tile_tokens(op.activation_bits)) return run_below(op, context);
+  const QuantizedPanels panels = check_int8(op);
   const auto* packed = op.packed.template ptr<const uint8_t>();
-  multiply_quantized(op, nullptr, DequantizedPanels<8>{check_int8(op), packed, false});
+  if (!rounds) return multiply_quantized(op, nullptr, DequantizedPanels<8>{panels, packed, false});
+  const auto run = op.activation_bits == 12 ? multiply_rounded<8, 2, false, decltype(output_of(op))>
+                                            : multiply_rounded<8, 1, false, decltype(output_of(op))>;
+  run(rows_of(op, nullptr), op.workspace, panels, packed, false, output_of(op));
 }
 
 }  // namespace

@@ -137,7 +137,7 @@ class CpuDevice:
     @property
     def activation_bits(self) -> tuple[int, ...]:
         # On AMX's tiles 16 bits are the faster choice too, except for a single token.
-        return (16, 8) if _native.isa().startswith("amx") else (8, 16)
+        return (16, 12, 8) if _native.isa().startswith("amx") else (8, 12, 16)
 
     @property
     def attention_workers(self) -> int:

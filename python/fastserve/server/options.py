@@ -156,7 +156,7 @@ class ServeOptions:
     kv_cache_dtype: str | None = _option(None, _dtype, "auto, float32 or bfloat16", engine=True)
     quantization: str | None = _option(None, str, "auto, or none: int4 weights written out in dtype", engine=True)
     activation_dtype: str | None = _option(
-        None, str, "what int4 and int8 weights are multiplied with: auto, int8 or float", engine=True
+        None, str, "what int4 and int8 weights are multiplied with: auto, int8, int12 or float", engine=True
     )
     lm_head_dtype: str | None = _option(None, str, "auto: as in the checkpoint, or int8", engine=True)
     max_model_len: int | None = _option(
