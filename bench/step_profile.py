@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--activation-dtype", default="auto", help="of int4 and int8 weights: float, int8")
+    parser.add_argument("--activation-dtype", default="auto", help="of int4 and int8 weights: float, int8, int12")
     parser.add_argument("--batch", type=int, action="append", help="decoding requests; may be repeated")
     parser.add_argument("--context", type=int, default=128, help="tokens of a decoding request's prompt")
     parser.add_argument("--prefill", type=int, action="append", help="tokens of a prompt; may be repeated")
