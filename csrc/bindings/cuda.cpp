@@ -3,6 +3,7 @@
 
 #include "bindings/bindings.h"
 #include "layout/int4_fragment.h"
+#include "layout/int8_fragment.h"
 #include "layout/stripes.h"
 #include "ops/ops.h"
 #if defined(FS_CUDA)
@@ -60,6 +61,16 @@ void bind_cuda(py::module_& module) {
       "The shape, uint8 [P, B], of a weight [N, K] packed by `pack_int4` on a CUDA device. form: 0 "
       "symmetric,\n"
       "1 zero points, 2 minimums.");
+  module.def(
+      "cuda_packed_int8_shape",
+      [](int64_t num_rows, int64_t depth, int64_t group_size) {
+        constexpr const char* name = "cuda_packed_int8_shape";
+        FS_CHECK(num_rows >= 0 && depth >= 0, name << ": N is " << num_rows << ", K is " << depth);
+        check_group_size(name, depth, group_size);
+        return py::make_tuple(int8_num_panels(num_rows), int8_panel_bytes(depth));
+      },
+      py::arg("N"), py::arg("K"), py::arg("group_size"),
+      "The shape, uint8 [P, B], of a weight [N, K] packed by `pack_int8` on a CUDA device.");
   module.attr("cuda_linear_counters") = kLinearCounters;
   module.def(
       "cuda_linear_workspace_bytes",
@@ -68,7 +79,8 @@ void bind_cuda(py::module_& module) {
         return stripes_workspace_bytes(linear_tile_rows(max_tokens), num_multiprocessors);
       },
       py::arg("max_tokens"), py::arg("num_multiprocessors"),
-      "Bytes of workspace that `linear` needs on a CUDA device for at most max_tokens rows.");
+      "Bytes of workspace that `linear` and `linear_int8` need on a CUDA device for at most max_tokens "
+      "rows.");
   module.def(
       "cuda_int4_workspace_bytes",
       [](int64_t max_tokens, int64_t depth, int num_multiprocessors, bool reorders) {

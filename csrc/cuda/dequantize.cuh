@@ -10,7 +10,8 @@
 // factor of the format allows: 2^-24 * 2^15 and 2^-133 * 2^127. All of it is exact for zero points up to 16;
 // what is summed from such operands is divided by the step in the end.
 //
-// Eight codes cost 9 instructions. The order of the codes in a word is that of layout/int4_fragment.h.
+// Eight codes of 4 bits cost 9 instructions, eight of 8 bits, by the same means, 8. Their order in a word is
+// that of layout/int4_fragment.h and layout/int8_fragment.h.
 #pragma once
 
 #include <cstdint>
@@ -48,6 +49,7 @@ struct CodeFormat<f16> {
   static constexpr uint32_t kFactor = 0x78007800u, kSixteenth = 0x68006800u;  // 2^15, 2^11
   static constexpr uint32_t kMinusFactor = 0xf800f800u;
   static constexpr uint32_t kStepPair = 0x18001800u;  // 2^-9
+  static constexpr uint32_t kMinus128 = 0xb400b400u;  // steps
   static constexpr float kStep = 1.0f / 512;
 };
 template <>
@@ -55,6 +57,7 @@ struct CodeFormat<bf16> {
   static constexpr uint32_t kFactor = 0x7f007f00u, kSixteenth = 0x7d007d00u;  // 2^127, 2^123
   static constexpr uint32_t kMinusFactor = 0xff00ff00u;
   static constexpr uint32_t kStepPair = 0x3c803c80u;  // 2^-6
+  static constexpr uint32_t kMinus128 = 0xc000c000u;
   static constexpr float kStep = 1.0f / 64;
 };
 
@@ -77,6 +80,13 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[4], uint32_t codes, con
   a[1] = fma_pairs<T>(codes & kHigh, CodeFormat<T>::kSixteenth, zero.row[1]);
   a[2] = fma_pairs<T>(later & kLow, CodeFormat<T>::kFactor, zero.row[0]);
   a[3] = fma_pairs<T>(later & kHigh, CodeFormat<T>::kSixteenth, zero.row[1]);
+}
+
+// Fragment b of a 16 x 8 block: its four codes of 8 bits, plus 128 as they lie, less that, in steps.
+template <class T>
+__device__ __forceinline__ void dequantize_bytes(uint32_t (&b)[2], uint32_t codes) {
+  b[0] = fma_pairs<T>(codes & 0x00ff00ffu, CodeFormat<T>::kFactor, CodeFormat<T>::kMinus128);
+  b[1] = fma_pairs<T>(__byte_perm(codes, 0, 0x4341), CodeFormat<T>::kFactor, CodeFormat<T>::kMinus128);
 }
 
 }  // namespace fs::cuda

@@ -209,12 +209,12 @@ struct PackInt8 {
 };
 
 struct LinearInt8 {
-  Tensor out, x, packed, bias, workspace;
+  Tensor out, x, packed, bias, workspace, counters;
   int64_t group_size, activation_bits;
   static constexpr OpInfo info{
       "linear_int8",
-      "out = x @ weight.T + bias, weight packed by `pack_int8` with the same group_size; activation_bits as "
-      "for `linear_int4`",
+      "out = x @ weight.T + bias, weight packed by `pack_int8` with the same group_size; activation_bits and "
+      "counters as for `linear_int4`",
       "packed"};
   static constexpr auto args() {
     return std::tuple{
@@ -225,6 +225,7 @@ struct LinearInt8 {
         tensor(&LinearInt8::workspace, "workspace", "W", DType::u8, Access::write),
         scalar(&LinearInt8::group_size, "group_size"),
         scalar(&LinearInt8::activation_bits, "activation_bits"),
+        tensor(&LinearInt8::counters, "counters", "C", DType::i32, Access::update).maybe(),
     };
   }
 };

@@ -254,7 +254,7 @@ class Int8Linear(_QuantizedLinear):
         if self.is_gated:
             ops.linear_int8_gated(out, x, self.packed, workspace, size, bits)
         else:
-            ops.linear_int8(out, x, self.packed, self.bias, workspace, size, bits)
+            ops.linear_int8(out, x, self.packed, self.bias, workspace, size, bits, self.device.linear_counters)
 
 
 class SideBySide:

@@ -14,6 +14,7 @@ from attention_cases import ATTENTION_BAD_CASES, ATTENTION_CASES
 from cuda_cases import CUDA_CASES
 from cuda_device import Gpu, SimulatedDevice, find_devices
 from int4_cases import INT4_CASES
+from int8_cases import INT8_CASES
 from linear_cases import LINEAR_CASES
 from narrowed import ACTIVATIONS, narrowed
 
@@ -25,7 +26,8 @@ DEVICES = find_devices()
 ON_CUDA = set(DEVICES[0].ops()) if DEVICES else set()
 SEED = 20240607
 # Ops whose CPU cases state the CPU's own layout of the KV cache or of weights.
-OTHER_LAYOUT = {"rope_kv_write", "attention", "linear", "pack_linear", "linear_int4", "pack_int4"}
+LINEARS = {"linear", "pack_linear", "linear_int4", "pack_int4", "linear_int8", "pack_int8"}
+OTHER_LAYOUT = {"rope_kv_write", "attention", *LINEARS}
 
 
 def all_cases() -> list[OpCase]:
@@ -36,7 +38,7 @@ def all_cases() -> list[OpCase]:
         cases.append(case)
         if case.op in ACTIVATIONS:
             cases += [narrowed(case, dtype) for dtype in (torch.float16, torch.bfloat16)]
-    cuda_cases = CUDA_CASES + LINEAR_CASES + INT4_CASES + ATTENTION_CASES
+    cuda_cases = CUDA_CASES + LINEAR_CASES + INT4_CASES + INT8_CASES + ATTENTION_CASES
     return cases + [case for case in cuda_cases if case.op in ON_CUDA]
 
 

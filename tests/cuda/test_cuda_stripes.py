@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `linear` and `linear_int4` promise beyond their op cases, as products in stripes: the same bits for every number
-of rows on a device with any number of multiprocessors, counters that are left as zeros, a workspace that may hold
-anything, and parts that are read only once they are there."""
+"""What `linear`, `linear_int4` and `linear_int8` promise beyond their op cases, as products in stripes: the same bits
+for every number of rows on a device with any number of multiprocessors, counters that are left as zeros, a workspace
+that may hold anything, and parts that are read only once they are there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from cuda_device import Gpu, SimulatedDevice, find_devices
 from int4_cases import ZERO_POINTS
 from int4_cases import linear_case as int4_case
+from int8_cases import CODE_BYTES, STAGE_BYTES
+from int8_cases import linear_case as int8_case
 from linear_cases import FORMATS
 from linear_cases import linear_case as dense_case
 
@@ -25,16 +27,17 @@ MakeCase = Callable[[int, int, int, torch.dtype], OpCase]  # tokens, rows, depth
 CASES: list[MakeCase] = [
     lambda tokens, rows, depth, dtype: dense_case(tokens, rows, depth, dtype, bias=True),
     lambda tokens, rows, depth, dtype: int4_case(tokens, rows, depth, 64, ZERO_POINTS, dtype, bias=True),
+    lambda tokens, rows, depth, dtype: int8_case(tokens, rows, depth, 32, dtype, bias=True),
 ]
-each_op = pytest.mark.parametrize("make_case", CASES, ids=["linear", "linear_int4"])
+each_op = pytest.mark.parametrize("make_case", CASES, ids=["linear", "linear_int4", "linear_int8"])
 
 
 def first_rows(op: str, arguments: Arguments, tokens: int, multiprocessors: int) -> Arguments:
     depth = arguments["x"].shape[1]
     num_bytes = (
-        _native.cuda_linear_workspace_bytes(tokens, multiprocessors)
-        if op == "linear"
-        else _native.cuda_int4_workspace_bytes(tokens, depth, multiprocessors, False)
+        _native.cuda_int4_workspace_bytes(tokens, depth, multiprocessors, False)
+        if op == "linear_int4"
+        else _native.cuda_linear_workspace_bytes(tokens, multiprocessors)
     )
     return {
         **arguments,
@@ -114,15 +117,21 @@ def test_refuses(device: SimulatedDevice | Gpu, make_case: MakeCase, change: Arg
 @pytest.mark.parametrize("device", SIMULATED, ids=lambda device: device.name)
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 33, 64])
-def test_linear_reads_weights_once_without_bank_conflicts(
-    device: SimulatedDevice, dtype: torch.dtype, tokens: int
+@pytest.mark.parametrize("op", ["linear", "linear_int8"])
+def test_linears_read_weights_once_without_bank_conflicts(
+    device: SimulatedDevice, op: str, dtype: torch.dtype, tokens: int
 ) -> None:
-    case = dense_case(tokens, 256, 1024, dtype)
+    is_dense = op == "linear"
+    # The largest tile of int8 weights has 48 rows.
+    case = dense_case(tokens, 256, 1024, dtype) if is_dense else int8_case(min(tokens, 48), 256, 1024, 32, dtype)
     arguments = case.make(torch.Generator().manual_seed(7))
-    device.run("linear", arguments)
+    device.run(op, arguments)
     (launch,) = device.counters()
     assert launch["grid"][0] == 8  # two column tiles: each in four parts
-    assert launch["buffers"]["packed"]["read"] == arguments["packed"].numel() * 2
+    packed = arguments["packed"]
+    # Eight lanes read the same scales at once, which the counter takes for eight reads.
+    again = 0 if is_dense else packed.numel() // STAGE_BYTES * (STAGE_BYTES - CODE_BYTES) * 7
+    assert launch["buffers"]["packed"]["read"] == packed.numel() * packed.itemsize + again
     for kind in ("async", "load"):
         assert launch["global"][kind]["sectors"] == launch["global"][kind]["ideal_sectors"], kind
     for kind in ("async", "load", "ldmatrix", "store"):

@@ -200,9 +200,9 @@ def case(
             "workspace": empty(workspace, dtype=torch.uint8),
             "group_size": group_size,
             "activation_bits": activation_bits,
+            "counters": empty(2, dtype=torch.int32),  # CUDA's alone: a CPU kernel leaves them as they are
         }
         if weight_bits == 4:
-            arguments["counters"] = empty(2, dtype=torch.int32)  # CUDA's alone: a CPU kernel leaves them as they are
             arguments["form"] = FORMS.index(form)
             permutation = torch.randperm(depth, generator=generator).to(torch.int32)
             arguments["input_order"] = permutation if order else None

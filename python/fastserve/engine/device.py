@@ -226,7 +226,7 @@ class CudaDevice:
     rows_per_warp = 16
     rows_per_token_read = 64
     has_graphs = graphs_fix_shapes = True
-    has_int4, has_int8, has_gated = True, False, False
+    has_int4, has_int8, has_gated = True, True, False
     activation_bits: tuple[int, ...] = (16,)
 
     def __init__(self, exact: bool, index: int = 0) -> None:
@@ -286,10 +286,11 @@ class CudaDevice:
         return _native.cuda_packed_int4_shape(num_rows, depth, group_size, form)
 
     def packed_int8_shape(self, num_rows: int, depth: int, group_size: int) -> tuple[int, int]:
-        raise FastserveError("int8 weights are not available on CUDA; use lm_head_dtype='auto'")
+        return _native.cuda_packed_int8_shape(num_rows, depth, group_size)
 
     def quantized_workspace_bytes(self, max_tokens: int, depth: int, activation_bits: int, reorders: bool) -> int:
-        return _native.cuda_int4_workspace_bytes(max_tokens, depth, self.num_multiprocessors, reorders)
+        of_int4 = _native.cuda_int4_workspace_bytes(max_tokens, depth, self.num_multiprocessors, reorders)
+        return max(of_int4, _native.cuda_linear_workspace_bytes(max_tokens, self.num_multiprocessors))  # int8's
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
