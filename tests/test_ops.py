@@ -160,6 +160,8 @@ def test_never_takes_activations_of_another_dtype(op: str, name: str) -> None:
     if not SPECS[op][name]["activation"]:
         return
     for dtype in ACTIVATION_DTYPES:
+        if dtype == torch.bfloat16 and SPECS[op][name]["operand"]:
+            continue  # test_amx.py
         refused(op, {**arguments, name: tensor.to(dtype)}, f"argument '{name}'", given(tensor.to(dtype)))
 
 

@@ -156,6 +156,7 @@ py::dict describe_op() {
     arg["optional"] = spec.optional;
     arg["strided"] = spec.strided;
     arg["activation"] = spec.activation;
+    arg["operand"] = spec.operand;
     args.append(arg);
   }
   row["args"] = args;

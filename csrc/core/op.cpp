@@ -70,9 +70,13 @@ void ShapeRules::check(std::span<const Tensor* const> tensors) const {
     }
     if (!rule.spec.dtypes.contains(t.dtype)) fail(i, t, "has the wrong dtype");
     if (rule.spec.activation) {
-      if (t.device == Device::cpu && t.dtype != DType::f32) fail(i, t, "must be float32 on the CPU");
+      const bool is_cpu = t.device == Device::cpu;
+      if (is_cpu && t.dtype != DType::f32 && !(rule.spec.operand && t.dtype == DType::bf16)) {
+        fail(i, t,
+             rule.spec.operand ? "must be float32 or bfloat16 on the CPU" : "must be float32 on the CPU");
+      }
       if (activation == nullptr) activation = &t;
-      if (t.dtype != activation->dtype) {
+      if (!is_cpu && t.dtype != activation->dtype) {
         fail(i, t,
              std::string("has another dtype than the other activations: ") + name_of(activation->dtype));
       }

@@ -48,6 +48,7 @@ struct ArgSpec {
   bool optional = false;
   bool strided = false;     // the first dimension may have any stride (rows of a wider matrix)
   bool activation = false;  // passes between ops: float32 on the CPU, one dtype for all of a call elsewhere
+  bool operand = false;     // an activation that products alone read: on the CPU it may be bfloat16
 };
 
 template <class Op, class Field>
@@ -65,12 +66,17 @@ struct Arg {
     copy.spec.strided = true;
     return copy;
   }
+  constexpr Arg operand() const {
+    Arg copy = *this;
+    copy.spec.operand = true;
+    return copy;
+  }
 };
 
 template <class Op>
 constexpr Arg<Op, Tensor> tensor(Tensor Op::* member, const char* name, const char* shape, DTypes dtypes,
                                  Access access = Access::read) {
-  return {{name, shape, dtypes, access, false, false, false}, member};
+  return {{name, shape, dtypes, access, false, false, false, false}, member};
 }
 
 inline constexpr DTypes kActivations = DType::f32 | DType::bf16 | DType::f16;
@@ -78,13 +84,13 @@ inline constexpr DTypes kActivations = DType::f32 | DType::bf16 | DType::f16;
 template <class Op>
 constexpr Arg<Op, Tensor> activation(Tensor Op::* member, const char* name, const char* shape,
                                      Access access = Access::read) {
-  return {{name, shape, kActivations, access, false, false, true}, member};
+  return {{name, shape, kActivations, access, false, false, true, false}, member};
 }
 
 template <class Op, class Field>
   requires(std::is_same_v<Field, float> || std::is_same_v<Field, int64_t>)
 constexpr Arg<Op, Field> scalar(Field Op::* member, const char* name) {
-  return {{name, nullptr, {}, Access::read, false, false, false}, member};
+  return {{name, nullptr, {}, Access::read, false, false, false, false}, member};
 }
 
 // The shape patterns of one op's tensors, parsed once.

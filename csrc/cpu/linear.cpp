@@ -159,6 +159,7 @@ void linear(const Op& op, const OpContext&) {
   constexpr bool kIsGated = std::is_same_v<Op, LinearGated>;
   const int64_t num_rows = weight_rows(op), depth = op.x.shape[1];
   check_linear(op);
+  check_float32(op);
   const float* bias = nullptr;
   if constexpr (!kIsGated) {
     if (op.bias.defined()) bias = op.bias.template ptr<const float>();

@@ -27,6 +27,17 @@ int64_t weight_rows(const Op& op) {
   return 2 * width;
 }
 
+// For instruction sets that do not multiply in bfloat16.
+template <class Op>
+void check_float32(const Op& op) {
+  for (const Tensor* tensor : {&op.out, &op.x}) {
+    FS_CHECK(tensor->dtype == DType::f32, Op::info.name
+                                              << ": argument '" << (tensor == &op.x ? "x" : "out")
+                                              << "' is bfloat16; such weights and activation_bits take "
+                                                 "float32 on this instruction set");
+  }
+}
+
 template <class Op>
 void check_linear(const Op& op) {
   const int64_t num_rows = weight_rows(op), depth = op.x.shape[1];

@@ -192,6 +192,7 @@ void run_int4(const QuantizedProduct<int8_t>& product, const Rows& rows, const T
 
 template <class Op>
 void linear_int4(const Op& op, const OpContext&) {
+  check_float32(op);
   const auto [form, panels, order] = check_int4(op);
   const bool zero_points = form == Int4Form::zero_points;
   const Rows rows = rows_of(op, order);
@@ -212,6 +213,7 @@ void linear_int4(const Op& op, const OpContext&) {
 
 template <class Op>
 void linear_int8(const Op& op, const OpContext&) {
+  check_float32(op);
   const QuantizedPanels panels = check_int8(op);
   const Rows rows = rows_of(op, nullptr);
   if (op.activation_bits == 8) {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/parallel.h"
+#include "cpu/round.h"
 #include "cpu/weights.h"
 #include "ops/ops.h"
 
@@ -16,8 +17,8 @@ namespace {
 constexpr int64_t kRowsPerChunk = 8;
 
 // `row` is the row to normalise: x itself, or residual + x, which is also stored to `sum`.
-template <class W>
-void norm_row(float* out, const float* x, float* sum, const W* weight, int64_t hidden, float eps) {
+template <class W, class Out>
+void norm_row(Out* out, const float* x, float* sum, const W* weight, int64_t hidden, float eps) {
   const int64_t whole = hidden - hidden % kLanes;
   const float* row = sum != nullptr ? sum : x;
   vf squares = zero();
@@ -37,7 +38,14 @@ void norm_row(float* out, const float* x, float* sum, const W* weight, int64_t h
   const float scale = 1.0f / std::sqrt(total / static_cast<float>(hidden) + eps);
   const vf scales = set1(scale);
   for (int64_t h = 0; h < whole; h += kLanes) store(out + h, load(row + h) * scales * load(weight + h));
-  for (int64_t h = whole; h < hidden; ++h) out[h] = row[h] * scale * to_float(weight[h]);
+  for (int64_t h = whole; h < hidden; ++h) {
+    const float value = row[h] * scale * to_float(weight[h]);
+    if constexpr (std::is_same_v<Out, float>) {
+      out[h] = value;
+    } else {
+      out[h] = to_bf16(value);
+    }
+  }
 }
 
 void rms_norm(const RmsNorm& op, const OpContext&) {
@@ -45,13 +53,20 @@ void rms_norm(const RmsNorm& op, const OpContext&) {
   const int64_t hidden = op.out.shape[1];
   visit_weights(op.weight.dtype, [&](auto* tag) {
     const auto* weight = op.weight.ptr<std::remove_pointer_t<decltype(tag)>>();
-    parallel_rows(num_tokens, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) {
-        float* sum = op.residual.defined() ? op.residual.ptr<float>() + t * hidden : nullptr;
-        norm_row(op.out.ptr<float>() + t * hidden, op.x.ptr<const float>() + t * op.x.stride[0], sum, weight,
-                 hidden, op.eps);
-      }
-    });
+    const auto run = [&](auto* out) {
+      parallel_rows(num_tokens, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
+        for (int64_t t = begin; t < end; ++t) {
+          float* sum = op.residual.defined() ? op.residual.ptr<float>() + t * hidden : nullptr;
+          const float* x = op.x.ptr<const float>() + t * op.x.stride[0];
+          norm_row(out + t * op.out.stride[0], x, sum, weight, hidden, op.eps);
+        }
+      });
+    };
+    if (op.out.dtype == DType::bf16) {
+      run(op.out.ptr<bf16>());
+    } else {
+      run(op.out.ptr<float>());
+    }
   });
 }
 

@@ -95,6 +95,9 @@ void launch_rms_norm(const RmsNorm& op, cudaStream_t stream) {
 void rms_norm(const RmsNorm& op, const OpContext& context) {
   const int64_t hidden = op.out.shape[1];
   if (op.out.shape[0] == 0 || hidden == 0) return;
+  FS_CHECK(
+      op.out.shape[0] == 1 || op.out.stride[0] == hidden,
+      "rms_norm: argument 'out' must be contiguous on CUDA; its rows are " << op.out.stride[0] << " apart");
   FS_CHECK(op.out.shape[0] <= kMaxGridX, "rms_norm: " << op.out.shape[0] << " rows are too many");
   visit_formats("rms_norm", op.x.dtype, op.weight.dtype, [&](auto* a, auto* w) {
     using A = std::remove_pointer_t<decltype(a)>;

@@ -4,8 +4,8 @@
 //
 // Dimension names: T tokens (rows) of the step, H hidden size, V vocabulary, M N K of a matrix product, Nq
 // and Nkv query and key-value heads, D head size, S block size, NB number of KV blocks, B requests, MB
-// longest block table. On the CPU activations are float32 between ops; weights are float32, bfloat16 or
-// float16.
+// longest block table. On the CPU activations are float32 between ops, or bfloat16 where products alone read
+// them and round them to it anyway (AMX); weights are float32, bfloat16 or float16.
 #pragma once
 
 #include "core/op.h"
@@ -52,7 +52,7 @@ struct RmsNorm {
       "x"};
   static constexpr auto args() {
     return std::tuple{
-        activation(&RmsNorm::out, "out", "T H", Access::write),
+        activation(&RmsNorm::out, "out", "T H", Access::write).rows().operand(),
         activation(&RmsNorm::x, "x", "T H").rows(),
         activation(&RmsNorm::residual, "residual", "T H", Access::update).maybe(),
         tensor(&RmsNorm::weight, "weight", "H", kWeights),
@@ -86,7 +86,7 @@ struct Linear {
   static constexpr auto args() {
     return std::tuple{
         activation(&Linear::out, "out", "M N", Access::write).rows(),
-        activation(&Linear::x, "x", "M K").rows(),
+        activation(&Linear::x, "x", "M K").rows().operand(),
         tensor(&Linear::packed, "packed", "P Kp 32", kWeights),
         tensor(&Linear::bias, "bias", "N", DType::f32).maybe(),
         tensor(&Linear::workspace, "workspace", "W", DType::u8, Access::write),
@@ -108,8 +108,8 @@ struct LinearGated {
                                "packed"};
   static constexpr auto args() {
     return std::tuple{
-        activation(&LinearGated::out, "out", "M I", Access::write).rows(),
-        activation(&LinearGated::x, "x", "M K").rows(),
+        activation(&LinearGated::out, "out", "M I", Access::write).rows().operand(),
+        activation(&LinearGated::x, "x", "M K").rows().operand(),
         tensor(&LinearGated::packed, "packed", "P Kp 32", kWeights),
         tensor(&LinearGated::workspace, "workspace", "W", DType::u8, Access::write),
     };
@@ -158,7 +158,7 @@ struct LinearInt4 {
   static constexpr auto args() {
     return std::tuple{
         activation(&LinearInt4::out, "out", "M N", Access::write).rows(),
-        activation(&LinearInt4::x, "x", "M K").rows(),
+        activation(&LinearInt4::x, "x", "M K").rows().operand(),
         tensor(&LinearInt4::packed, "packed", "P B", DType::u8),
         tensor(&LinearInt4::bias, "bias", "N", DType::f32).maybe(),
         tensor(&LinearInt4::input_order, "input_order", "K", DType::i32).maybe(),
@@ -180,8 +180,8 @@ struct LinearInt4Gated {
                                "packed"};
   static constexpr auto args() {
     return std::tuple{
-        activation(&LinearInt4Gated::out, "out", "M I", Access::write).rows(),
-        activation(&LinearInt4Gated::x, "x", "M K").rows(),
+        activation(&LinearInt4Gated::out, "out", "M I", Access::write).rows().operand(),
+        activation(&LinearInt4Gated::x, "x", "M K").rows().operand(),
         tensor(&LinearInt4Gated::packed, "packed", "P B", DType::u8),
         tensor(&LinearInt4Gated::input_order, "input_order", "K", DType::i32).maybe(),
         tensor(&LinearInt4Gated::workspace, "workspace", "W", DType::u8, Access::write),
@@ -219,7 +219,7 @@ struct LinearInt8 {
   static constexpr auto args() {
     return std::tuple{
         activation(&LinearInt8::out, "out", "M N", Access::write).rows(),
-        activation(&LinearInt8::x, "x", "M K").rows(),
+        activation(&LinearInt8::x, "x", "M K").rows().operand(),
         tensor(&LinearInt8::packed, "packed", "P B", DType::u8),
         tensor(&LinearInt8::bias, "bias", "N", DType::f32).maybe(),
         tensor(&LinearInt8::workspace, "workspace", "W", DType::u8, Access::write),
@@ -239,8 +239,8 @@ struct LinearInt8Gated {
                                "packed"};
   static constexpr auto args() {
     return std::tuple{
-        activation(&LinearInt8Gated::out, "out", "M I", Access::write).rows(),
-        activation(&LinearInt8Gated::x, "x", "M K").rows(),
+        activation(&LinearInt8Gated::out, "out", "M I", Access::write).rows().operand(),
+        activation(&LinearInt8Gated::x, "x", "M K").rows().operand(),
         tensor(&LinearInt8Gated::packed, "packed", "P B", DType::u8),
         tensor(&LinearInt8Gated::workspace, "workspace", "W", DType::u8, Access::write),
         scalar(&LinearInt8Gated::group_size, "group_size"),

@@ -50,6 +50,9 @@ class Linear(Protocol):
     in_features: int
     out_features: int
     is_gated: bool  # the weight is that of a gate and of what it gates, and out = silu(x @ gate.T) * (x @ up.T)
+    takes_bf16: (
+        bool  # x may be bfloat16 where activations are float32: it is rounded to that anyway. So may a gated out
+    )
 
     @property
     def num_bytes(self) -> int: ...
@@ -86,6 +89,7 @@ class PackedLinear:
         self.is_gated = is_gated
         num_rows, self.in_features = weight.shape
         self.out_features = num_rows // 2 if is_gated else num_rows
+        self.takes_bf16 = device.multiplies_bf16(self.in_features) and weight.dtype == torch.bfloat16
         self.packed = device.empty(device.packed_linear_shape(num_rows, self.in_features), weight.dtype)
         device.ops.pack_linear(self.packed, device.upload(weight[in_turns(num_rows)] if is_gated else weight))
         self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
@@ -104,10 +108,19 @@ class PackedLinear:
             self.device.ops.linear(out, x, self.packed, self.bias, workspace, self.device.linear_counters)
 
 
+class DecoderLayer(Protocol):
+    """The linears of a decoder layer."""
+
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+
+
 class TorchLinear:
     """torch's matrix product. How it sums may depend on the number of rows."""
 
-    is_gated = False
+    is_gated = takes_bf16 = False
 
     def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
@@ -173,6 +186,7 @@ class _QuantizedLinear:
         self.out_features = num_rows // 2 if is_gated else num_rows
         self.group_size = group_size
         self.activation_bits = activation_bits
+        self.takes_bf16 = device.multiplies_bf16(self.in_features) and activation_bits == 16
         self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
 
     @property
@@ -214,6 +228,7 @@ class Int4Linear(_QuantizedLinear):
             weight.group_size,
         )
         self.input_order = there(weight.input_order, torch.int32)
+        self.takes_bf16 = self.takes_bf16 and self.input_order is None
 
     @property
     def num_bytes(self) -> int:
@@ -260,7 +275,7 @@ class Int8Linear(_QuantizedLinear):
 class SideBySide:
     """Layers of the same input that cannot be packed as one."""
 
-    is_gated = False
+    is_gated = takes_bf16 = False
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         self.layers = layers

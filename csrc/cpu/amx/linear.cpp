@@ -69,27 +69,48 @@ Rows rows_of(const Op& op, const int32_t* order) {
   return {op.x.template ptr<const float>(), op.x.stride[0], op.x.shape[0], op.x.shape[1], order};
 }
 
-template <class Op>
-auto output_of(const Op& op) {
+// Calls f with where the results of an op go.
+template <class Op, class F>
+void with_output(const Op& op, const F& f) {
   const int64_t stride = op.out.stride[0], width = op.out.shape[1];
   if constexpr (requires { op.bias; }) {
     const float* bias = op.bias.defined() ? op.bias.template ptr<const float>() : nullptr;
-    return TileOutput{op.out.template ptr<float>(), stride, width, bias};
+    f(TileOutput{op.out.template ptr<float>(), stride, width, bias});
+  } else if (op.out.dtype == DType::bf16) {
+    f(GatedTileOutput{op.out.template ptr<bf16>(), stride, width});
   } else {
-    return GatedTileOutput{op.out.template ptr<float>(), stride, width};
+    f(GatedTileOutput{op.out.template ptr<float>(), stride, width});
   }
+}
+
+// Whether activations are bfloat16 already.
+template <class Op>
+bool is_rounded(const Op& op, const int32_t* order) {
+  if (op.x.dtype == DType::f32) return false;
+  FS_CHECK(op.x.shape[1] % kTileDepth == 0 && order == nullptr,
+           Op::info.name << ": argument 'x' is bfloat16 [M, " << op.x.shape[1] << "]; multiples of "
+                         << kTileDepth << " inputs in their own order are allowed, or float32");
+  return true;
 }
 
 template <class Op>
 void multiply(const Op& op, const int32_t* order, const auto& weights) {
-  const TokenTiles tokens = round_to_tiles(op.workspace.template ptr<bf16>(), rows_of(op, order));
-  multiply_on_tiles(tokens, weights, output_of(op));
+  const int64_t num_tokens = op.x.shape[0], depth = op.x.shape[1];
+  const TokenTiles tokens =
+      is_rounded(op, order)
+          ? TokenTiles{op.x.template ptr<const bf16>(), num_tokens, depth / kTileDepth, op.x.stride[0]}
+          : round_to_tiles(op.workspace.template ptr<bf16>(), rows_of(op, order));
+  with_output(op, [&](const auto& output) { multiply_on_tiles(tokens, weights, output); });
 }
 
 template <int kBits, class Op>
 void multiply_quantized(const Op& op, const int32_t* order, const DequantizedPanels<kBits>& weights) {
   if (op.x.shape[0] != 1) return multiply(op, order, weights);
-  multiply_one_token(rows_of(op, order), op.workspace.template ptr<float>(), weights, output_of(op));
+  auto* workspace = op.workspace.template ptr<float>();
+  const float* x = is_rounded(op, order)
+                       ? widen_token(workspace, op.x.template ptr<const bf16>(), op.x.shape[1])
+                       : round_token(workspace, rows_of(op, order));
+  with_output(op, [&](const auto& output) { multiply_one_token(x, weights, output); });
 }
 
 template <class Op>

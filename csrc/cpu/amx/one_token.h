@@ -30,12 +30,17 @@ class SubnormalsAreZero {
   unsigned control_;
 };
 
-// Its activations rounded to bfloat16, as float32: [K / 32][32].
+// A token's activations rounded to bfloat16, as float32: [K / 32][32].
 inline const float* round_token(float* to, const Rows& rows) {
   rows.each_block([&](int64_t, int64_t index, const float (&block)[kBlock]) {
     float* x = to + index * kBlock;
     for (int i = 0; i < kBlock; ++i) x[i] = to_float(to_bf16(block[i]));
   });
+  return to;
+}
+
+inline const float* widen_token(float* to, const bf16* x, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += kLanes) store(to + k, load(x + k));
   return to;
 }
 
@@ -75,11 +80,9 @@ template <int kBits>
   each<2>([&](auto half) FS_INLINE { store(result.value[half.value][0], sums[half.value]); });
 }
 
-// rows.count is 1.
+// x: [K / 32][32], numbers that are bfloat16.
 template <int kBits, class Output>
-void multiply_one_token(const Rows& rows, float* workspace, const DequantizedPanels<kBits>& weights,
-                        const Output& output) {
-  const float* x = round_token(workspace, rows);
+void multiply_one_token(const float* x, const DequantizedPanels<kBits>& weights, const Output& output) {
   const int64_t depth = weights.panels.padded_depth();
   const auto range = [&](Span panels, Span) {
     TileSums sums;

@@ -33,6 +33,13 @@ struct alignas(64) TileSums {
   }
 };
 
+// The tiles of up to 16 tokens, one for each 32 k: rows of 64 bytes.
+struct TileRows {
+  const bf16* x;
+  int64_t stride;  // from token to token, in elements
+  int64_t step;    // from tile to tile
+};
+
 #if !defined(FS_SIMD_EMULATED)
 
 // This thread's tile registers, given up at the end, so that no context switch has to save them.
@@ -102,10 +109,10 @@ class TileProduct {
   }
 
   // sums += products of num_blocks times 32 k: `weights` as in a panel, `upper` and `lower` the tiles of
-  // tokens 0-15 and 16-31, of 16 and as many rows as there are. Calls between() after each block. Activations
-  // are loaded with the hint that leaves them in L2: in L1 they would take the place of weights.
+  // tokens 0-15 and 16-31. Calls between() after each block. Activations are loaded with the hint that leaves
+  // them in L2: in L1 they would take the place of weights.
   template <class F>
-  [[gnu::always_inline]] void multiply(const bf16* weights, const bf16* upper, const bf16* lower,
+  [[gnu::always_inline]] void multiply(const bf16* weights, TileRows upper, TileRows lower,
                                        int64_t num_blocks, const F& between) {
     asm volatile("" ::: "memory");
     if (has_lower()) {
@@ -127,24 +134,25 @@ class TileProduct {
   bool has_lower() const { return num_tokens_ > kTileRows; }
 
   template <bool kLower, class F>
-  [[gnu::always_inline]] void multiply(const bf16* w, const bf16* upper, const bf16* lower,
-                                       int64_t num_blocks, const F& between) {
+  [[gnu::always_inline]] void multiply(const bf16* w, TileRows upper, TileRows lower, int64_t num_blocks,
+                                       const F& between) {
     constexpr int kPanelLine = 2 * kPanelRows * int{sizeof(bf16)};
-    const int64_t upper_rows = kLower ? kTileRows : num_tokens_, lower_rows = num_tokens_ - kTileRows;
+    const int64_t upper_stride = upper.stride * int{sizeof(bf16)},
+                  lower_stride = lower.stride * int{sizeof(bf16)};
     for (int64_t i = 0; i < num_blocks; ++i) {
       _tile_loadd(6, w, kPanelLine);
-      _tile_stream_loadd(4, upper, 64);
+      _tile_stream_loadd(4, upper.x, upper_stride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, w + kPanelRows, kPanelLine);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (kLower) {
-        _tile_stream_loadd(5, lower, 64);
+        _tile_stream_loadd(5, lower.x, lower_stride);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        lower += lower_rows * kTileDepth;
+        lower.x += lower.step;
       }
       w += kTileDepth * kPanelRows;
-      upper += upper_rows * kTileDepth;
+      upper.x += upper.step;
       between();
     }
   }
@@ -173,23 +181,20 @@ class TileProduct {
   }
 
   template <class F>
-  void multiply(const bf16* weights, const bf16* upper, const bf16* lower, int64_t num_blocks,
-                const F& between) {
+  void multiply(const bf16* weights, TileRows upper, TileRows lower, int64_t num_blocks, const F& between) {
     add_products(weights, upper, lower, num_blocks);
     for (int64_t i = 0; i < num_blocks; ++i) between();
   }
 
  private:
   // Not inlined, so that none of it moves to where subnormals count, or back.
-  [[gnu::noinline]] void add_products(const bf16* weights, const bf16* upper, const bf16* lower,
+  [[gnu::noinline]] void add_products(const bf16* weights, TileRows upper, TileRows lower,
                                       int64_t num_blocks) {
     __builtin_ia32_ldmxcsr(control_ | 0x8040u);  // subnormals are zero, in operands and results
     for (int t = 0; t < num_tokens_; ++t) {
-      const bool is_lower = t >= kTileRows;
-      const int rest = num_tokens_ - (is_lower ? kTileRows : 0);
-      const int rows = rest < kTileRows ? rest : kTileRows;
+      const TileRows& rows = t < kTileRows ? upper : lower;
       for (int64_t block = 0; block < num_blocks; ++block) {
-        const bf16* x = (is_lower ? lower : upper) + (block * rows + t % kTileRows) * kTileDepth;
+        const bf16* x = rows.x + block * rows.step + t % kTileRows * rows.stride;
         const bf16* w = weights + block * kTileDepth * kPanelRows;
         float even[kPanelRows] = {};
         float odd[kPanelRows] = {};

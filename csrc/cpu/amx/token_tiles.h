@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Activations rounded to bfloat16 and laid out as AMX's tiles: [tokens / 16][k / 32][token][32], K padded
-// with zeros to 32, the last tile with as many tokens as are left. A tile is one piece of 1 KB, wherever the
-// rows lay: rows that are a power of two apart would share a few sets of the cache.
+// Activations in bfloat16 as tiles are loaded from them: rows as they come, if they are bfloat16 already, or
+// rounded and laid out as [tokens / 16][k / 32][token][32], K padded with zeros to 32, the last tile with as
+// many tokens as are left. Then a tile is one piece of 1 KB, while rows that are a power of two apart share a
+// few sets of the cache; those an odd number of lines apart are as fast.
 #pragma once
 
 #include "cpu/amx/tile.h"
@@ -16,11 +17,13 @@ static_assert(kBlock == kTileDepth);
 struct TokenTiles {
   const bf16* x;
   int64_t num_tokens, num_blocks;
+  int64_t stride = 0;  // of rows as they came; 0: laid out as tiles
 
-  // The tile of tokens [token, token + 16) from k = 32 * block on; its next blocks follow.
-  const bf16* at(int64_t token, int64_t block) const {
-    const int64_t rest = num_tokens - token;
-    return x + (token * num_blocks + block * (rest < kTileRows ? rest : kTileRows)) * kTileDepth;
+  // The tiles of tokens [token, token + 16) from k = 32 * block on.
+  TileRows at(int64_t token, int64_t block) const {
+    if (stride != 0) return {x + token * stride + block * kTileDepth, stride, kTileDepth};
+    const int64_t rest = num_tokens - token, height = rest < kTileRows ? rest : kTileRows;
+    return {x + (token * num_blocks + block * height) * kTileDepth, kTileDepth, height * kTileDepth};
   }
 };
 

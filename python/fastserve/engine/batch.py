@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ import torch
 from fastserve import _native
 from fastserve.engine.device import Device
 from fastserve.engine.scheduler import StepPlan
-from fastserve.layers import Linear
+from fastserve.layers import DecoderLayer, Linear
 from fastserve.model_config import ModelConfig
 
 # Blocks of a span: attention over longer contexts is cut only at multiples of it, so that results do not depend on
@@ -175,13 +175,13 @@ class StepBuffers:
         device: Device,
         config: ModelConfig,
         dtype: torch.dtype,
-        linears: list[Linear],
-        gate_up_width: int,
+        layers: Sequence[DecoderLayer],
+        lm_head: Linear | None,
         max_num_tokens: int,
         max_logit_rows: int,
     ) -> None:
-        """`dtype` is that of the activations; logits are always float32. gate_up_width: what gate and up projections
-        write before they become one, 0 if they never do."""
+        """`dtype` is that of the activations, but for those that all linears which read them round to bfloat16; logits
+        are always float32."""
         width, head = config.hidden_size, config.head_dim
         self.max_logit_rows = max_logit_rows
         self.num_q, self.num_kv = config.num_heads * head, config.num_kv_heads * head
@@ -190,18 +190,30 @@ class StepBuffers:
         def floats(rows: int, columns: int) -> torch.Tensor:
             return device.empty((rows, columns), dtype)
 
+        def operands(columns: int, rounded: bool) -> torch.Tensor:
+            """What linears read. Rows an odd number of cache lines apart lie in different sets of a cache."""
+            if not rounded:
+                return floats(max_num_tokens, columns)
+            padded = (-(-columns // 32) | 1) * 32
+            return device.empty((max_num_tokens, padded), torch.bfloat16)[:, :columns]
+
+        mlp = config.intermediate_size
+        is_gated = all(layer.gate_up.is_gated for layer in layers)
+        takes_gated = all(layer.gate_up.takes_bf16 and layer.down.takes_bf16 for layer in layers)
         self.residual = floats(max_num_tokens, width)
-        self.normed = floats(max_num_tokens, width)
+        self.normed = operands(width, all(layer.qkv.takes_bf16 and layer.gate_up.takes_bf16 for layer in layers))
         self.sublayer_out = floats(max_num_tokens, width)
         self.qkv = floats(max_num_tokens, self.num_q + 2 * self.num_kv)
         self.attention = floats(max_num_tokens, self.num_q)
-        self.gate_up = floats(max_num_tokens, gate_up_width)
-        self.gated = floats(max_num_tokens, config.intermediate_size)
+        self.gate_up = floats(max_num_tokens, 0 if is_gated else 2 * mlp)
+        self.gated = operands(mlp, is_gated and takes_gated)
         self.logit_rows = floats(max_logit_rows, width)
         self.logit_residual = floats(max_logit_rows, width)
         self.logits = device.empty((max_logit_rows, config.vocab_size), torch.float32)
         # What the head writes: the logits themselves, or narrower ones.
         self.head_out = self.logits if dtype == torch.float32 else floats(max_logit_rows, config.vocab_size)
+        linears = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        linears += [] if lm_head is None else [lm_head]
         workspace_bytes = max(linear.workspace_bytes(max(max_num_tokens, max_logit_rows)) for linear in linears)
         self.workspace = device.empty((workspace_bytes,), torch.uint8)
         self._views: dict[int, StepViews] = {}
@@ -210,7 +222,7 @@ class StepBuffers:
     @property
     def num_bytes(self) -> int:
         tensors = {id(t): t for t in vars(self).values() if isinstance(t, torch.Tensor)}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return sum(t.shape[0] * t.stride(0) * t.element_size() for t in tensors.values())
 
     def float_logits(self, num_rows: int) -> torch.Tensor:
         """float32 [num_rows, vocab_size], what the head has written last; valid until the next call. Not for recorded

@@ -71,6 +71,10 @@ class Device(Protocol):
 
     has_gated: bool  # linear_gated and its int4 and int8 forms run here
 
+    def multiplies_bf16(self, depth: int) -> bool:
+        """Whether activations are float32, and linears with `depth` inputs that round them to bfloat16 take rows of
+        bfloat16 just as well."""
+
     def packed_int4_shape(self, num_rows: int, depth: int, group_size: int, form: int) -> tuple[int, int]:
         """The shape of what `pack_int4` makes of codes [num_rows, depth]."""
 
@@ -168,6 +172,9 @@ class CpuDevice:
             raise FastserveError(
                 f"block_size={block_size} is not available on the CPU; use a multiple of 16 up to {MAX_CPU_BLOCK_SIZE}"
             )
+
+    def multiplies_bf16(self, depth: int) -> bool:
+        return _native.isa().startswith("amx") and depth % 32 == 0
 
     def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
         return _native.packed_linear_shape(num_rows, depth)
@@ -275,6 +282,9 @@ class CudaDevice:
     def check_block_size(self, block_size: int) -> None:
         if block_size < 16 or block_size & (block_size - 1) != 0:
             raise FastserveError(f"block_size={block_size} is not available on CUDA; use a power of two from 16")
+
+    def multiplies_bf16(self, depth: int) -> bool:
+        return False
 
     def packed_linear_shape(self, num_rows: int, depth: int) -> tuple[int, int, int]:
         return -(-num_rows // 32), -(-depth // 16) * 16, 32  # csrc/layout/fragment.h

@@ -55,8 +55,8 @@ class ModelRunner:
                 self.device,
                 self.model_config,
                 self.device.activation_dtype(dtype),
-                list(self.model.linears()),
-                self.model.gate_up_width,
+                self.model.layers,
+                self.model.lm_head,
                 config.max_num_batched_tokens,
                 max_logit_rows,
             )

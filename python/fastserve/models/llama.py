@@ -110,11 +110,6 @@ class Model:
         layers = sum(layer.num_bytes for layer in self.layers)
         return layers + self.embedding.num_bytes + self.lm_head.num_bytes + num_bytes(self.cos_sin)
 
-    @property
-    def gate_up_width(self) -> int:
-        """Of what the layers write to `StepViews.gate_up`; 0: nothing."""
-        return max((layer.gate_up_width for layer in self.layers), default=0)
-
     def linears(self) -> Iterator[Linear]:
         for layer in self.layers:
             yield from (layer.qkv, layer.o, layer.gate_up, layer.down)
@@ -166,11 +161,6 @@ class Layer:
     @property
     def num_bytes(self) -> int:
         return sum(linear.num_bytes for linear in (self.qkv, self.o, self.gate_up, self.down))
-
-    @property
-    def gate_up_width(self) -> int:
-        """Of what it writes to `StepViews.gate_up`; 0: nothing."""
-        return 0 if self.gate_up.is_gated else self.gate_up.out_features
 
     def forward(self, batch: Batch, cache: torch.Tensor, cos_sin: torch.Tensor, views: StepViews) -> None:
         residual, normed, out, workspace = views.residual, views.normed, views.sublayer_out, views.workspace

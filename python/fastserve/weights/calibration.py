@@ -38,7 +38,7 @@ class RecordingLinear:
         self.rounded: Linear | None = None
         self.is_exact = self.records = False
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.is_gated = linear.is_gated
+        self.is_gated, self.takes_bf16 = linear.is_gated, False
         self._unrounded_x: torch.Tensor | None = None
 
     def record(self) -> None:
@@ -106,7 +106,7 @@ class CalibrationText:
 
     def _run(self, layer: Any, linears: Sequence[RecordingLinear], keep: bool) -> None:
         config, tokens = self.config, self._context
-        buffers = StepBuffers(self.device, config, torch.float32, list(linears), layer.gate_up_width, tokens, 1)
+        buffers = StepBuffers(self.device, config, torch.float32, [layer], None, tokens, 1)
         blocks = -(-tokens // BLOCK_SIZE)
         cache = self.device.empty((blocks, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim), torch.float32)
         views = buffers.rows(tokens)
