@@ -69,18 +69,27 @@ Rows rows_of(const Op& op, const int32_t* order) {
   return {op.x.template ptr<const float>(), op.x.stride[0], op.x.shape[0], op.x.shape[1], order};
 }
 
-// Calls f with where the results of an op go.
-template <class Op, class F>
-void with_output(const Op& op, const F& f) {
+// Where float32 results of an op go.
+template <class Op>
+auto output_of(const Op& op) {
   const int64_t stride = op.out.stride[0], width = op.out.shape[1];
   if constexpr (requires { op.bias; }) {
     const float* bias = op.bias.defined() ? op.bias.template ptr<const float>() : nullptr;
-    f(TileOutput{op.out.template ptr<float>(), stride, width, bias});
-  } else if (op.out.dtype == DType::bf16) {
-    f(GatedTileOutput{op.out.template ptr<bf16>(), stride, width});
+    return TileOutput{op.out.template ptr<float>(), stride, width, bias};
   } else {
-    f(GatedTileOutput{op.out.template ptr<float>(), stride, width});
+    return GatedTileOutput{op.out.template ptr<float>(), stride, width};
   }
+}
+
+// Calls f with where results go.
+template <class Op, class F>
+void with_output(const Op& op, const F& f) {
+  if constexpr (!requires { op.bias; }) {
+    if (op.out.dtype == DType::bf16) {
+      return f(GatedTileOutput{op.out.template ptr<bf16>(), op.out.stride[0], op.out.shape[1]});
+    }
+  }
+  f(output_of(op));
 }
 
 // Whether activations are bfloat16 already.
@@ -128,6 +137,7 @@ void linear_int4(const Op& op, const OpContext& context) {
   const auto* packed = op.packed.template ptr<const uint8_t>();
   const bool zero_points = form == Int4Form::zero_points;
   if (!rounds) return multiply_quantized(op, order, DequantizedPanels<4>{panels, packed, zero_points});
+  check_float32(op);
   const Rows rows = rows_of(op, order);
   if (panels.has_offsets) {
     const auto run = wide ? multiply_rounded<4, 2, true, decltype(output_of(op))>
@@ -147,6 +157,7 @@ void linear_int8(const Op& op, const OpContext& context) {
   const QuantizedPanels panels = check_int8(op);
   const auto* packed = op.packed.template ptr<const uint8_t>();
   if (!rounds) return multiply_quantized(op, nullptr, DequantizedPanels<8>{panels, packed, false});
+  check_float32(op);
   const auto run = op.activation_bits == 12 ? multiply_rounded<8, 2, false, decltype(output_of(op))>
                                             : multiply_rounded<8, 1, false, decltype(output_of(op))>;
   run(rows_of(op, nullptr), op.workspace, panels, packed, false, output_of(op));
