@@ -41,6 +41,7 @@ from compare_workloads import MODES, WORKLOADS, Shape, demand_of, floor_of, mach
 from fastserve import __version__, _native
 from fastserve.bench.offline import busy_seconds, english_text
 from fastserve.doctor import cpu_name
+from fastserve.evaluate import windows
 from fastserve.tokenizer import Tokenizer
 
 PEERS = ("llamacpp", "openvino", "vllm", "transformers")
@@ -256,28 +257,35 @@ def run_parts(a: argparse.Namespace, results: Results) -> None:
         results.add("parts", name, {"value": next(iter(parts.values()))["ms"], "parts": parts})
 
 
-def run_quality(a: argparse.Namespace, results: Results, engines: list[Engine], text: str, out: Path) -> None:
+def run_quality(
+    a: argparse.Namespace, results: Results, engines: list[Engine], text: str, ids: list[int], out: Path
+) -> None:
     """Perplexity in windows of 1,024, of tokens with at least 512 before them: llama-perplexity scores the second half
-    of windows side by side, `fastserve eval perplexity` that of windows half a window apart."""
+    of windows side by side, the others that of windows half a window apart."""
     file = out.with_name(f"{out.name}.text.txt")
     file.write_text(text, encoding="utf-8")
+    num_ids = min(a.quality_tokens, len(ids))
+    pieces = windows(num_ids, QUALITY_CONTEXT, QUALITY_CONTEXT // 2)
+    given = json.dumps([(ids[one.begin : one.end], one.first_scored - one.begin) for one in pieces])
     for engine in engines:
         if results.runs("quality", engine.name):
             continue
-        if engine.kind.startswith("fastserve"):
-            command = [sys.executable, "-m", "fastserve.cli", "eval", "perplexity", engine.model, "--text", str(file)]
-            command += ["--context", str(QUALITY_CONTEXT), "--stride", str(QUALITY_CONTEXT // 2)]
-            command += ["--max-tokens", str(a.quality_tokens), "--num-threads", str(a.threads)]
-            command += ["--activation-dtype", "int8" if engine.kind.endswith("w4a8") else "auto"]
-            pattern = r"tokens (?P<tokens>\d+)  perplexity (?P<value>[\d.]+)"
-        elif isinstance(engine, LlamaEngine):
+        environment = None
+        pattern = r"tokens (?P<tokens>\d+)  perplexity (?P<value>[\d.]+)"
+        if isinstance(engine, LlamaEngine):
             chunks = a.quality_tokens // QUALITY_CONTEXT
             command = [str(engine.programs / "llama-perplexity"), "-m", engine.model, "-f", str(file)]
             command += ["-c", str(QUALITY_CONTEXT), "--chunks", str(chunks), "-t", str(a.threads)]
             pattern = r"Final estimate: PPL = (?P<value>[\d.]+)"
+        elif engine.kind.startswith("fastserve"):
+            command = [sys.executable, "-m", "fastserve.cli", "eval", "perplexity", engine.model, "--text", str(file)]
+            command += ["--context", str(QUALITY_CONTEXT), "--stride", str(QUALITY_CONTEXT // 2)]
+            command += ["--max-tokens", str(a.quality_tokens), "--num-threads", str(a.threads)]
+            command += ["--activation-dtype", "int8" if engine.kind.endswith("w4a8") else "auto"]
         else:
-            continue
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+            script, environment = str(Path(__file__).with_name("peer_perplexity.py")), engine.environment
+            command = [engine.command[0], script, engine.kind, engine.model, "--threads", str(a.threads)]
+        done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
         found = re.search(pattern, done.stdout + done.stderr)
         if done.returncode or found is None:
             results.fail("quality", engine.name, (done.stderr.strip().splitlines() or ["no perplexity printed"])[-1])
@@ -356,7 +364,7 @@ def main() -> None:
     if "parts" in names:
         run_parts(a, results)
     if "quality" in names:
-        run_quality(a, results, wanted, text, out)
+        run_quality(a, results, wanted, text, ids, out)
     results.save()
     page = markdown(results.data)
     out.with_name(out.name + ".md").write_text(page)

@@ -173,16 +173,14 @@ def _quality(report: dict[str, Any]) -> list[str]:
     lines = [
         "## Quality",
         "",
-        "Perplexity of the same text, tokens with 512 to 1,023 before them. fastserve scores all, ",
+        "Perplexity of the same text, tokens with 512 to 1,023 before them. llama-perplexity scores the second half ",
     ]
-    lines[-1] += (
-        "llama-perplexity the second half of each window of 1,024; so each is compared with its own bf16. OpenVINO and "
-    )
-    lines[-1] += "vLLM print none; vLLM and transformers compute in bf16 too."
-    lines += ["", *_header(["engine", "perplexity", "tokens scored", "against its bf16"])]
+    lines[-1] += "of each window of 1,024 only, so it is compared with its own bf16, the others with fastserve's."
+    lines += ["", *_header(["engine", "perplexity", "tokens scored", "against bf16"])]
     for engine in cells:
         for run in _runs(report, "quality", engine):
-            base = median(report, "quality", f"{engine.split()[0]} bf16")
+            family = "llama.cpp" if engine.startswith("llama.cpp") else "fastserve"
+            base = median(report, "quality", f"{family} bf16")
             loss = "" if base is None else f"{100 * (run['value'] / base - 1):+.2f} %"
             lines.append(_row([engine, f"{run['value']:.3f}", f"{run['tokens']:,}", loss]))
     return [*lines, ""]
