@@ -6,7 +6,7 @@
 
 Peers are optional (docs/performance.md says how to install them): a Python where the engine is installed, or the folder
 of llama.cpp's programs. fastserve runs as bfloat16 and as int4, where AMX makes 16-bit activations its default also
-with int8 activations (w4a8). llama.cpp runs as Q4_0, Q8_0, BF16 and the given Q4_1 file; what is missing is made of
+with 12-bit activations (w4a12). llama.cpp runs as Q4_0, Q8_0, BF16 and the given Q4_1 file; what is missing is made of
 that file with llama-quantize, beside the results.
 
 Every engine is in a process of its own and computes only when it is its turn, so that drift of the machine meets all
@@ -109,7 +109,7 @@ def make_engines(a: argparse.Namespace, peers: dict[str, str], out: Path) -> tup
 
     worker("fastserve int4", "fastserve", a.int4, sys.executable, "int4")
     if _native.isa().startswith("amx"):  # elsewhere that is the default
-        worker("fastserve w4a8", "fastserve_w4a8", a.int4, sys.executable, "int4")
+        worker("fastserve w4a12", "fastserve_w4a12", a.int4, sys.executable, "int4")
     worker("fastserve bf16", "fastserve", a.model, sys.executable, "bf16")
     if "llamacpp" in peers:
         programs = Path(peers["llamacpp"])
@@ -281,7 +281,7 @@ def run_quality(
             command = [sys.executable, "-m", "fastserve.cli", "eval", "perplexity", engine.model, "--text", str(file)]
             command += ["--context", str(QUALITY_CONTEXT), "--stride", str(QUALITY_CONTEXT // 2)]
             command += ["--max-tokens", str(a.quality_tokens), "--num-threads", str(a.threads)]
-            command += ["--activation-dtype", "int8" if engine.kind.endswith("w4a8") else "auto"]
+            command += ["--activation-dtype", "int12" if engine.kind.endswith("w4a12") else "auto"]
         else:
             script, environment = str(Path(__file__).with_name("peer_perplexity.py")), engine.environment
             command = [engine.command[0], script, engine.kind, engine.model, "--threads", str(a.threads)]

@@ -41,8 +41,8 @@ def fastserve(model: str, threads: int, activation_dtype: str = "auto") -> tuple
     return f"fastserve {__version__} ({_native.isa()})", generate
 
 
-def fastserve_w4a8(model: str, threads: int) -> tuple[str, Generate]:
-    return fastserve(model, threads, "int8")
+def fastserve_w4a12(model: str, threads: int) -> tuple[str, Generate]:
+    return fastserve(model, threads, "int12")
 
 
 def transformers(model: str, threads: int) -> tuple[str, Generate]:
@@ -107,7 +107,7 @@ def vllm(model: str, threads: int) -> tuple[str, Generate]:
 
 ENGINES = {
     "fastserve": fastserve,
-    "fastserve_w4a8": fastserve_w4a8,
+    "fastserve_w4a12": fastserve_w4a12,
     "transformers": transformers,
     "openvino": openvino,
     "vllm": vllm,
