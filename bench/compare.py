@@ -54,6 +54,7 @@ WITHOUT = {  # what takes minutes and tells nothing: an engine that does not kee
     "llama.cpp bf16": ("neighbour", "shared_cold", "shared_warm"),
 }
 QUALITY_CONTEXT = 1024
+QUIET = 0.06  # share of the machine that others may take
 Engine = WorkerEngine | LlamaEngine
 
 
@@ -154,6 +155,17 @@ def neighbour(wanted: bool) -> Iterator[None]:
             process.wait()
 
 
+def wait_for_rest(limit_s: float = 5.0) -> None:
+    """Until the machine does nothing, or `limit_s`: an engine may go on for a while after its turn, as fastserve does
+    with pages of its KV cache."""
+    cores, period = os.cpu_count() or 1, 0.2
+    for _ in range(round(limit_s / period)):
+        busy = busy_seconds()
+        time.sleep(period)
+        if busy_seconds() - busy < QUIET * period * cores:
+            return
+
+
 def measured(work: Callable[[], Run], extra: float = 0.0) -> dict[str, Any]:
     """A run with the share of the machine that other processes took, less `extra` cores."""
     busy, begin = busy_seconds(), time.perf_counter()
@@ -181,6 +193,7 @@ def run_offline(
                     continue
                 try:
                     engine.open(600)
+                    wait_for_rest()
                     with neighbour(w.neighbour):
                         one = measured(lambda e=engine, n=name, t=turn: e.run(n, t, ids, a.limit), float(w.neighbour))
                     results.add(name, engine.name, one)

@@ -50,9 +50,7 @@ class Linear(Protocol):
     in_features: int
     out_features: int
     is_gated: bool  # the weight is that of a gate and of what it gates, and out = silu(x @ gate.T) * (x @ up.T)
-    takes_bf16: (
-        bool  # x may be bfloat16 where activations are float32: it is rounded to that anyway. So may a gated out
-    )
+    takes_bf16: bool  # where activations are float32, x may be bfloat16, to which it is rounded anyway
 
     @property
     def num_bytes(self) -> int: ...
