@@ -2,12 +2,16 @@
 #include "core/thread_pool.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <fstream>
 #include <memory>
+#include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "core/error.h"
 
@@ -59,25 +63,50 @@ bool spin_until(const Done& done) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) {
-  check_num_threads(num_threads);
-  for (int worker = 1; worker < num_threads; ++worker) {
-    workers_.emplace_back([this, worker] { worker_main(worker); });
+class ThreadPool::Workers {
+ public:
+  explicit Workers(int num_threads) {
+    for (int worker = 1; worker < num_threads; ++worker) {
+      threads_.emplace_back([this, worker] { worker_main(worker); });
+    }
   }
-}
+  ~Workers() {
+    stop_.store(true);
+    wake_.fetch_add(1);
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  Workers(const Workers&) = delete;
+  Workers& operator=(const Workers&) = delete;
 
-ThreadPool::~ThreadPool() {
-  stop_.store(true);
-  wake_.fetch_add(1);
-  wake_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
-}
+  void run(int64_t num_chunks, Body body, const void* context);
 
-void ThreadPool::run(int64_t num_chunks, Body body, const void* context) {
+ private:
+  void work(uint64_t word, int worker);
+  void worker_main(int worker);
+
+  // High half: epoch, one per job. Low half: the next chunk to claim, or kClosed while the job below is
+  // replaced.
+  alignas(64) std::atomic<uint64_t> word_{0};
+  alignas(64) std::atomic<int64_t> num_left_{0};
+  alignas(64) std::atomic<int> num_parked_{0};
+  std::atomic<uint32_t> wake_{0};  // changes when parked workers must look again
+  std::atomic<bool> stop_{false};
+
+  // The job. Atomics because a late worker may read them while the next job is written; its claim then fails.
+  std::atomic<Body> body_{nullptr};
+  std::atomic<const void*> context_{nullptr};
+  std::atomic<int64_t> num_chunks_{0};
+
+  std::mutex callers_;
+  std::vector<std::thread> threads_;
+};
+
+void ThreadPool::Workers::run(int64_t num_chunks, Body body, const void* context) {
   FS_CHECK(num_chunks < int64_t{kClosed}, "parallel_for: too many chunks: " << num_chunks);
   if (num_chunks <= 0) return;
   const std::scoped_lock one_caller(callers_);
-  if (workers_.empty() || num_chunks == 1) {
+  if (threads_.empty() || num_chunks == 1) {
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) body(context, chunk, 0);
     return;
   }
@@ -100,7 +129,7 @@ void ThreadPool::run(int64_t num_chunks, Body body, const void* context) {
   while (!spin_until(all_done)) std::this_thread::yield();  // somebody holds a chunk and has lost its core
 }
 
-void ThreadPool::work(uint64_t word, int worker) {
+void ThreadPool::Workers::work(uint64_t word, int worker) {
   const uint32_t epoch = epoch_of(word);
   while (true) {
     const Body body = body_.load(std::memory_order_relaxed);
@@ -116,7 +145,7 @@ void ThreadPool::work(uint64_t word, int worker) {
   }
 }
 
-void ThreadPool::worker_main(int worker) {
+void ThreadPool::Workers::worker_main(int worker) {
   uint64_t seen = 0;  // the last word at which nothing was left to claim
   const auto has_news = [&] {
     const uint64_t word = word_.load(std::memory_order_acquire);
@@ -136,6 +165,19 @@ void ThreadPool::worker_main(int worker) {
     work(word, worker);
     seen = word;
   }
+}
+
+ThreadPool::ThreadPool(int num_threads) : workers_(nullptr), num_threads_(num_threads) {
+  check_num_threads(num_threads);
+  workers_ = std::make_unique<Workers>(num_threads).release();
+}
+
+ThreadPool::~ThreadPool() {
+  const std::unique_ptr<Workers> owned(workers_);
+}
+
+void ThreadPool::run(int64_t num_chunks, Body body, const void* context) {
+  workers_->run(num_chunks, body, context);
 }
 
 int num_physical_cores() {

@@ -9,12 +9,7 @@
 // step.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <mutex>
-#include <thread>
-#include <type_traits>
-#include <vector>
 
 namespace fs {
 
@@ -25,7 +20,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int num_threads() const { return num_threads_; }
 
   // Calls f(chunk, worker) for every chunk in [0, num_chunks), worker in [0, num_threads()): each worker
   // index is in use by one thread at a time. Returns when all have run. f must not throw and must not call
@@ -44,24 +39,11 @@ class ThreadPool {
   using Body = void (*)(const void* context, int64_t chunk, int worker);
 
   void run(int64_t num_chunks, Body body, const void* context);
-  void work(uint64_t word, int worker);
-  void worker_main(int worker);
 
-  // High half: epoch, one per job. Low half: the next chunk to claim, or kClosed while the job below is
-  // replaced.
-  alignas(64) std::atomic<uint64_t> word_{0};
-  alignas(64) std::atomic<int64_t> num_left_{0};
-  alignas(64) std::atomic<int> num_parked_{0};
-  std::atomic<uint32_t> wake_{0};  // changes when parked workers must look again
-  std::atomic<bool> stop_{false};
-
-  // The job. Atomics because a late worker may read them while the next job is written; its claim then fails.
-  std::atomic<Body> body_{nullptr};
-  std::atomic<const void*> context_{nullptr};
-  std::atomic<int64_t> num_chunks_{0};
-
-  std::mutex callers_;
-  std::vector<std::thread> workers_;
+  // Behind a pointer, so that no header of threads is compiled into kernel files for each instruction set.
+  class Workers;
+  Workers* workers_;
+  int num_threads_;
 };
 
 int num_physical_cores();  // that this process may use
