@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "core/simd.h"
+#include "cpu/amx/tile_config.h"
 
 namespace fs::FS_ISA {
 
@@ -39,20 +40,14 @@ class AttentionTiles {
 
   // For products of at most so many rows; those of more than 16 work on whole tiles.
   void configure(int64_t max_rows) {
-    const auto rows = static_cast<uint8_t>(max_rows < kAmxRows ? max_rows : kAmxRows);
+    const int rows = static_cast<int>(max_rows < kAmxRows ? max_rows : kAmxRows);
     if (rows == configured_) return;
     configured_ = rows;
     // Tiles 0 to 3: sums of two by two tiles. 4, 5: left. 6, 7: right.
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {};
-    } shape;
-    for (int i = 0; i < 6; ++i) shape.rows[i] = rows;
-    for (int i = 6; i < 8; ++i) shape.rows[i] = kAmxRows;
-    // The intrinsics do not tell the compiler which memory they read.
-    asm volatile("" ::"m"(shape) : "memory");
-    _tile_loadconfig(&shape);
+    TileConfig config;
+    for (int i = 0; i < 6; ++i) config.set(i, rows);
+    for (int i = 6; i < 8; ++i) config.set(i, kAmxRows);
+    config.load();
   }
 
   // out[row][column] of kColumnTiles times 16 columns = the sum over `steps` of left[row][32 * step + k] *

@@ -46,12 +46,8 @@ void embedding(const Embedding& op, const OpContext&) {
 void embedding_int8(const EmbeddingInt8& op, const OpContext&) {
   const int64_t num_tokens = op.out.shape[0];
   const int64_t hidden = op.out.shape[1];
-  check_group_size(op.info.name, hidden, op.group_size);
-  const int64_t num_groups = num_groups_of(hidden, op.group_size);
-  FS_CHECK(op.scales.shape[1] == num_groups, "embedding_int8: argument 'scales' has "
-                                                 << op.scales.shape[1] << " groups; " << hidden
-                                                 << " in groups of " << op.group_size << " are "
-                                                 << num_groups);
+  check_groups(op.info.name, op.scales, hidden, op.group_size);
+  const int64_t num_groups = op.scales.shape[1];
   const int32_t* ids = checked_ids(op, op.codes.shape[0]);
   const auto* codes = op.codes.ptr<const int8_t>();
   const auto* scales = op.scales.ptr<const f16>();

@@ -18,13 +18,6 @@ void check_packed(const char* op, const Tensor& packed, const QuantizedPanels& p
               << " needs [" << panels.num_panels() << ", " << panels.panel_bytes() << "]");
 }
 
-void check_groups(const char* op, const Tensor& scales, int64_t depth, int64_t group_size) {
-  check_group_size(op, depth, group_size);
-  FS_CHECK(scales.shape[1] == num_groups_of(depth, group_size),
-           op << ": argument 'scales' has " << scales.shape[1] << " groups; " << depth
-              << " inputs in groups of " << group_size << " are " << num_groups_of(depth, group_size));
-}
-
 // 0 to 16 as float16.
 uint16_t small_integer(int value) {
   if (value == 0) return 0;

@@ -117,12 +117,8 @@ __global__ void __launch_bounds__(kThreads)
 void embedding_int8(const EmbeddingInt8& op, const OpContext& context) {
   const int64_t num_tokens = op.out.shape[0];
   const int64_t hidden = op.out.shape[1];
-  check_group_size(op.info.name, hidden, op.group_size);
-  const int64_t num_groups = num_groups_of(hidden, op.group_size);
-  FS_CHECK(op.scales.shape[1] == num_groups, "embedding_int8: argument 'scales' has "
-                                                 << op.scales.shape[1] << " groups; " << hidden
-                                                 << " in groups of " << op.group_size << " are "
-                                                 << num_groups);
+  check_groups(op.info.name, op.scales, hidden, op.group_size);
+  const int64_t num_groups = op.scales.shape[1];
   if (num_tokens == 0 || hidden == 0) return;
   FS_CHECK(num_tokens <= kMaxGridX && hidden <= 0x7fffffff,
            "embedding_int8: " << num_tokens << " x " << hidden << " is too large");

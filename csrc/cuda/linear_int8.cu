@@ -186,9 +186,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_int8_kernel(const PackOpera
 
 void pack_int8(const PackInt8& op, const OpContext& context) {
   const int64_t num_rows = op.codes.shape[0], depth = op.codes.shape[1], num_groups = op.scales.shape[1];
-  check_group_size("pack_int8", depth, op.group_size);
-  FS_CHECK(num_groups == num_groups_of(depth, op.group_size),
-           "pack_int8: " << num_groups << " groups of " << op.group_size << " are given for K = " << depth);
+  check_groups("pack_int8", op.scales, depth, op.group_size);
   check_packed("pack_int8", op.packed, num_rows, depth);
   PackOperands operands{};
   operands.packed = op.packed.ptr<uint32_t>();

@@ -67,9 +67,7 @@ __global__ void __launch_bounds__(kThreads) pack_int4_kernel(const Operands op) 
 
 void pack_int4(const PackInt4& op, const OpContext& context) {
   const int64_t num_rows = op.codes.shape[0], depth = op.codes.shape[1], num_groups = op.scales.shape[1];
-  check_group_size("pack_int4", depth, op.group_size);
-  FS_CHECK(num_groups == ceil_div(depth, op.group_size),
-           "pack_int4: " << num_groups << " groups of " << op.group_size << " are given for K = " << depth);
+  check_groups("pack_int4", op.scales, depth, op.group_size);
   const Int4Form form = int4_form(op.zero_points, op.minimums);
   const Int4Layout layout = int4_layout(num_rows, depth, op.group_size, form);
   FS_CHECK(op.packed.shape[0] == layout.num_panels && op.packed.shape[1] == layout.panel_bytes(),

@@ -30,6 +30,15 @@ FS_HOST_DEVICE constexpr int64_t num_groups_of(int64_t depth, int64_t group_size
               << depth << ") for one group per row");
 }
 
+// Throws fs::Error unless `scales` [rows, groups] and group_size suit a weight of `depth` inputs.
+[[gnu::always_inline]] inline void check_groups(const char* op, const Tensor& scales, int64_t depth,
+                                                int64_t group_size) {
+  check_group_size(op, depth, group_size);
+  FS_CHECK(scales.shape[1] == num_groups_of(depth, group_size),
+           op << ": argument 'scales' has " << scales.shape[1] << " groups; " << depth
+              << " inputs in groups of " << group_size << " are " << num_groups_of(depth, group_size));
+}
+
 [[gnu::always_inline]] inline Int4Form int4_form(const char* op, int64_t form) {
   FS_CHECK(form >= 0 && form <= 2,
            op << ": form is " << form << "; 0 is symmetric, 1 zero points, 2 minimums");

@@ -108,7 +108,10 @@ def changed_int8(**changes: Any) -> Any:
 BAD_CASES += [
     BadCase("embedding_int8", "group-size", changed_int8(group_size=40), "group_size is 40; multiples of 32"),
     BadCase(
-        "embedding_int8", "groups", changed_int8(group_size=64), "'scales' has 4 groups; 100 in groups of 64 are 2"
+        "embedding_int8",
+        "groups",
+        changed_int8(group_size=64),
+        "'scales' has 4 groups; 100 inputs in groups of 64 are 2",
     ),
     BadCase(
         "embedding_int8",

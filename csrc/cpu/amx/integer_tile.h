@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/amx/tile.h"
+#include "cpu/amx/tile_config.h"
 
 namespace fs::FS_ISA {
 
@@ -27,17 +28,11 @@ class IntegerTile {
   void configure(int num_tokens, int depth) {
     if (num_tokens == num_tokens_) return;
     num_tokens_ = num_tokens;
-    Shape shape;
-    const auto set = [&](int tile, int rows, int bytes) {
-      shape.rows[tile] = static_cast<uint8_t>(rows);
-      shape.row_bytes[tile] = static_cast<uint16_t>(bytes);
-    };
-    set(0, num_tokens, 64);
-    set(1, num_tokens, depth);
-    set(2, depth / 4, 64);
-    // The intrinsics do not tell the compiler which memory they read.
-    asm volatile("" ::"m"(shape) : "memory");
-    _tile_loadconfig(&shape);
+    TileConfig config;
+    config.set(0, num_tokens);
+    config.set(1, num_tokens, depth);
+    config.set(2, depth / 4);
+    config.load();
   }
 
   // x: a row every x_stride bytes. weights: [depth / 4][16 rows][4], a line every weights_stride bytes.
@@ -58,14 +53,6 @@ class IntegerTile {
   }
 
  private:
-  struct alignas(64) Shape {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-
   int num_tokens_ = 0;
 };
 

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "core/simd.h"
+#include "cpu/amx/tile_config.h"
 #include "layout/panel.h"
 
 namespace fs::FS_ISA {
@@ -55,17 +56,12 @@ class TileProduct {
   void configure(int num_tokens) {
     if (num_tokens == num_tokens_) return;
     num_tokens_ = num_tokens;
-    const auto upper = static_cast<uint8_t>(num_tokens < kTileRows ? num_tokens : kTileRows);
-    const auto lower = static_cast<uint8_t>(num_tokens - upper);
-    const uint8_t rows[8] = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
-    Shape shape;
-    for (int i = 0; i < 8; ++i) {
-      shape.rows[i] = rows[i];
-      shape.row_bytes[i] = rows[i] == 0 ? 0 : 64;
-    }
-    // The intrinsics do not tell the compiler which memory they read.
-    asm volatile("" ::"m"(shape) : "memory");
-    _tile_loadconfig(&shape);
+    const int upper = num_tokens < kTileRows ? num_tokens : kTileRows;
+    const int lower = num_tokens - upper;
+    const int rows[8] = {upper, upper, lower, lower, upper, lower, kTileRows, kTileRows};
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) config.set(i, rows[i]);
+    config.load();
   }
 
   void zero() {
@@ -123,14 +119,6 @@ class TileProduct {
   }
 
  private:
-  struct alignas(64) Shape {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-
   bool has_lower() const { return num_tokens_ > kTileRows; }
 
   template <bool kLower, class F>
