@@ -278,21 +278,22 @@ inline float reduce_max(vf x) {
   return lanes[0];
 }
 
-// 2^x, relative error below 3e-7 for x in [-126, 127]; smaller x gives 2^-126, larger 2^127.5. NaN stays NaN:
-// of two operands, one of them NaN, max and min return the second.
-inline vf exp2(vf x) {
-  const vf clamped = min(set1(127.5f), max(set1(-126.0f), x));
-  const vf n = min(round_even(clamped), set1(127.0f));
-  const vf f = clamped - n;  // [-0.5, 0.5]
-  // Taylor coefficients of 2^f = exp(f ln 2): ln2^k / k!
+// 2^f for f in [-0.5, 0.5], by the Taylor coefficients of exp(f ln 2), ln2^k / k!.
+inline vf exp2_fraction(vf f) {
   vf p = set1(1.5403530e-4f);
   p = fma(p, f, set1(1.3333558e-3f));
   p = fma(p, f, set1(9.6181291e-3f));
   p = fma(p, f, set1(5.5504109e-2f));
   p = fma(p, f, set1(2.4022651e-1f));
   p = fma(p, f, set1(6.9314718e-1f));
-  p = fma(p, f, set1(1.0f));
-  return scale_by_power(p, n);
+  return fma(p, f, set1(1.0f));
+}
+// 2^x, relative error below 3e-7 for x in [-126, 127]; smaller x gives 2^-126, larger 2^127.5. NaN stays NaN:
+// of two operands, one of them NaN, max and min return the second.
+inline vf exp2(vf x) {
+  const vf clamped = min(set1(127.5f), max(set1(-126.0f), x));
+  const vf n = min(round_even(clamped), set1(127.0f));
+  return scale_by_power(exp2_fraction(clamped - n), n);
 }
 inline vf exp(vf x) {
   return exp2(x * set1(1.44269504f));

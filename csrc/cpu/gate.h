@@ -15,14 +15,7 @@ inline vf gated(vf gate, vf up) {
   // the reciprocal NaN. Of two operands, one of them NaN, min returns the second.
   const vf t = min(set1(126.0f), gate * set1(-1.44269504f));
   const vf f = {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};  // [-0.5, 0.5]
-  vf p = set1(1.5403530e-4f);
-  p = fma(p, f, set1(1.3333558e-3f));
-  p = fma(p, f, set1(9.6181291e-3f));
-  p = fma(p, f, set1(5.5504109e-2f));
-  p = fma(p, f, set1(2.4022651e-1f));
-  p = fma(p, f, set1(6.9314718e-1f));
-  p = fma(p, f, set1(1.0f));
-  const vf divisor = set1(1.0f) + vf{_mm512_scalef_ps(p.v, (t - f).v)};
+  const vf divisor = set1(1.0f) + vf{_mm512_scalef_ps(exp2_fraction(f).v, (t - f).v)};
   const vf near = {_mm512_rcp14_ps(divisor.v)};
   const vf rest = {_mm512_fnmadd_ps(divisor.v, near.v, set1(1.0f).v)};
   return gate * fma(near, rest, near) * up;
