@@ -34,14 +34,26 @@ constexpr Isa kVectorIsa = Isa::avx512bf16;
 template <class KV>
 class VectorSpans {
  public:
-  static constexpr int kBlockRows = 48;
+  static constexpr int kBlockRows = 96;
 
   VectorSpans(const Attention& op, const AttentionShape& shape)
       : op_(op), shape_(shape), cache_(op.kv_cache) {}
 
-  void begin(const PackedRows& rows, const PackedRows*, int64_t first, int64_t count) {
+  void begin(const PackedRows& rows, const PackedRows* following, int64_t first, int64_t count) {
     rows_ = &rows;
     count_ = count;
+    // What is read first of the rows after these, and written last of these: each row lies in a page of its
+    // own.
+    const int64_t next = first + count;
+    if (next < rows.count()) {
+      ask_for_queries(rows, next);
+    } else if (following != nullptr) {
+      ask_for_queries(*following, 0);
+    }
+    if (rows.item.num_parts == 0) {
+      rows.for_each(first, count,
+                    [&](int64_t, int64_t token, int64_t head) { ask_for(rows.out(token, head)); });
+    }
     const float scale = op_.scale * 1.44269504f;  // 2^(q . k) = exp(op.scale * q . k)
     rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
       const float* from = rows.query(token, head);
@@ -90,6 +102,15 @@ class VectorSpans {
   }
 
  private:
+  void ask_for(const float* row) const {
+    for (int64_t d = 0; d < shape_.head_dim; d += 16) prefetch(row + d);
+  }
+  void ask_for_queries(const PackedRows& rows, int64_t first) const {
+    const int64_t left = rows.count() - first;
+    rows.for_each(first, left < kBlockRows ? left : kBlockRows,
+                  [&](int64_t, int64_t token, int64_t head) { ask_for(rows.query(token, head)); });
+  }
+
   // Tiles are whole blocks up to kTileTokens, or up to kTileTokens of one block, from the start of a span.
   int64_t end_of_tile(int64_t at, int64_t span_end) const {
     const int64_t size = shape_.block_size;

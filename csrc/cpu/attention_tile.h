@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "core/simd.h"
+#include "cpu/each.h"
 #include "cpu/kv_layout.h"
 
 namespace fs::FS_ISA {
@@ -77,15 +78,25 @@ struct RowGroup {
 // 2^x for x <= 0, relative error below 2e-7, at least 2^-126; exactly 1 at 0; NaN stays NaN.
 inline vf exp2_of_negative(vf x) {
   const vf clamped = fs::FS_ISA::max(set1(-126.0f), x);
+  // f in [-0.5, 0.5], n integral
+#if defined(FS_SIMD_AVX512) && !defined(FS_SIMD_EMULATED)
+  const vf f{_mm512_reduce_ps(clamped.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const vf n = clamped - f;
+#else
   const vf n = round_even(clamped);
-  const vf f = clamped - n;  // [-0.5, 0.5]
+  const vf f = clamped - n;
+#endif
   vf p = set1(1.326472541e-3f);
   p = fma(p, f, set1(9.671512768e-3f));
   p = fma(p, f, set1(5.550733749e-2f));
   p = fma(p, f, set1(2.402224208e-1f));
   p = fma(p, f, set1(6.931469776e-1f));
   p = fma(p, f, set1(1.0f));
+#if defined(FS_SIMD_AVX512) && !defined(FS_SIMD_EMULATED)
+  return {_mm512_scalef_ps(p.v, n.v)};  // the same bits in one instruction
+#else
   return scale_by_power(p, n);
+#endif
 }
 
 inline float highest_lane(vf x) {
@@ -100,40 +111,51 @@ inline float highest_lane(vf x) {
 #endif
 }
 
+// sums[r][n] += factors[r] * x[n], where row r's factor lies r strides behind the first.
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void add_products(vf (&sums)[Rows * Vectors], const float* factors,
+                                                int64_t stride, const vf (&x)[Vectors]) {
+  each<Rows>([&](auto r) FS_INLINE {
+    const vf factor = set1(factors[r.value * stride]);
+    each<Vectors>([&](auto n) FS_INLINE {
+      vf& sum = sums[r.value * Vectors + n.value];
+      sum = fma(factor, x[n.value], sum);
+    });
+  });
+}
+
 // scores[r][key] = q[r] . k[key] for Vectors vectors of keys from vector `first` on.
 template <class KV, int Rows, int Vectors>
 void score_pass(const RowGroup& group, const Tile<KV>& tile, int first, float* scores) {
   const KV* keys[Vectors];
-  vf sums[Rows][Vectors];
-  for (int n = 0; n < Vectors; ++n) keys[n] = tile.keys[first + n];
-  for (int r = 0; r < Rows; ++r) {
-    for (int n = 0; n < Vectors; ++n) sums[r][n] = zero();
-  }
-  const auto add = [&](const vf(&k)[Vectors], const float* q) __attribute__((always_inline)) {
-    for (int r = 0; r < Rows; ++r) {
-      const vf factor = set1(q[r * group.stride]);
-      for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(factor, k[n], sums[r][n]);
-    }
-  };
+  vf sums[Rows * Vectors];
+  each<Vectors>([&](auto n) FS_INLINE { keys[n.value] = tile.keys[first + n.value]; });
+  each<Rows * Vectors>([&](auto i) FS_INLINE { sums[i.value] = zero(); });
   const int64_t line = tile.key_line;
-  for (int64_t d = 0; d < tile.head_dim;) {
+  const int64_t stride = group.stride;
+  const float* q = group.q;
+  const float* const end = q + tile.head_dim;
+  do {  // there is a dim
     vf k[Vectors];
     if constexpr (std::is_same_v<KV, float>) {
-      for (int n = 0; n < Vectors; ++n) k[n] = load(keys[n]);
-      add(k, group.q + d);
-      d += 1;
+      each<Vectors>([&](auto n) FS_INLINE { k[n.value] = load(keys[n.value]); });
+      add_products<Rows, Vectors>(sums, q, stride, k);
+      q += 1;
     } else {
-      for (int n = 0; n < Vectors; ++n) k[n] = load_even(keys[n]);
-      add(k, group.q + d);
-      for (int n = 0; n < Vectors; ++n) k[n] = load_odd(keys[n]);
-      add(k, group.q + d + 1);
-      d += 2;
+      each<Vectors>([&](auto n) FS_INLINE { k[n.value] = load_even(keys[n.value]); });
+      add_products<Rows, Vectors>(sums, q, stride, k);
+      each<Vectors>([&](auto n) FS_INLINE { k[n.value] = load_odd(keys[n.value]); });
+      add_products<Rows, Vectors>(sums, q + 1, stride, k);
+      q += 2;
     }
-    for (int n = 0; n < Vectors; ++n) keys[n] += line;
-  }
-  for (int r = 0; r < Rows; ++r) {
-    for (int n = 0; n < Vectors; ++n) store(scores + r * kTileTokens + (first + n) * kLanes, sums[r][n]);
-  }
+    each<Vectors>([&](auto n) FS_INLINE { keys[n.value] += line; });
+  } while (q != end);
+  scores += first * kLanes;
+  each<Rows>([&](auto r) FS_INLINE {
+    each<Vectors>([&](auto n) FS_INLINE {
+      store(scores + r.value * kTileTokens + n.value * kLanes, sums[r.value * Vectors + n.value]);
+    });
+  });
 }
 
 // Scores to weights 2^(score - maximum), zero where a row sees nothing; updates maxima and sums. factors[r]
@@ -142,6 +164,7 @@ template <int Rows>
 void softmax(const RowGroup& group, int first_vector, int end_vector, float* scores, float* factors) {
   const int first = first_vector * kLanes;
   const int end = end_vector * kLanes;
+  const bool is_all = first_vector == 0 && end_vector == kTileVectors;
   float shifts[Rows];
   float changes[(Rows + kLanes - 1) / kLanes * kLanes] = {};
   for (int r = 0; r < Rows; ++r) {
@@ -149,8 +172,14 @@ void softmax(const RowGroup& group, int first_vector, int end_vector, float* sco
     for (int j = first; j < group.begin[r]; ++j) row[j] = -__builtin_inff();
     for (int j = group.end[r]; j < end; ++j) row[j] = -__builtin_inff();
     vf highest = load(row + first);
-    for (int v = first_vector + 1; v < end_vector; ++v) {
-      highest = fs::FS_ISA::max(highest, load(row + v * kLanes));
+    if (is_all) {
+      each<kTileVectors>([&](auto v) FS_INLINE {
+        if constexpr (v.value > 0) highest = fs::FS_ISA::max(highest, load(row + v.value * kLanes));
+      });
+    } else {
+      for (int v = first_vector + 1; v < end_vector; ++v) {
+        highest = fs::FS_ISA::max(highest, load(row + v * kLanes));
+      }
     }
     const float tile_max = highest_lane(highest);
     const float old_max = group.max[r];
@@ -166,12 +195,15 @@ void softmax(const RowGroup& group, int first_vector, int end_vector, float* sco
     float* row = scores + r * kTileTokens;
     const vf shift = set1(shifts[r]);
     vf sums = load(group.lane_sums + r * kLanes) * set1(changes[r]);
-    if (group.begin[r] <= first && group.end[r] >= end) {
-      for (int v = first_vector; v < end_vector; ++v) {
-        const vf weight = exp2_of_negative(load(row + v * kLanes) - shift);
-        store(row + v * kLanes, weight);
-        sums = sums + weight;
-      }
+    const auto weigh = [&](int v) FS_INLINE {
+      const vf weight = exp2_of_negative(load(row + v * kLanes) - shift);
+      store(row + v * kLanes, weight);
+      sums = sums + weight;
+    };
+    if (is_all && group.begin[r] <= 0 && group.end[r] >= kTileTokens) {
+      each<kTileVectors>([&](auto v) FS_INLINE { weigh(v.value); });
+    } else if (group.begin[r] <= first && group.end[r] >= end) {
+      for (int v = first_vector; v < end_vector; ++v) weigh(v);
     } else {
       for (int v = first_vector; v < end_vector; ++v) {
         store(row + v * kLanes, exp2_of_negative(load(row + v * kLanes) - shift));
@@ -190,42 +222,40 @@ void softmax(const RowGroup& group, int first_vector, int end_vector, float* sco
 template <class KV, int Rows, int Vectors>
 void weigh_pass(const RowGroup& group, const Tile<KV>& tile, int begin, int end, int64_t dim,
                 const float* weights, const float* factors) {
-  vf sums[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r) {
-    const vf factor = set1(factors[r]);
-    for (int n = 0; n < Vectors; ++n) {
-      sums[r][n] = load(group.out + r * group.stride + dim + n * kLanes) * factor;
-    }
-  }
-  const auto add = [&](const vf(&v)[Vectors], const float* weight) __attribute__((always_inline)) {
-    for (int r = 0; r < Rows; ++r) {
-      const vf factor = set1(weight[r * kTileTokens]);
-      for (int n = 0; n < Vectors; ++n) sums[r][n] = fma(factor, v[n], sums[r][n]);
-    }
-  };
+  vf sums[Rows * Vectors];
+  const int64_t stride = group.stride;
+  float* const out = group.out + dim;
+  each<Rows>([&](auto r) FS_INLINE {
+    const vf factor = set1(factors[r.value]);
+    each<Vectors>([&](auto n) FS_INLINE {
+      sums[r.value * Vectors + n.value] = load(out + r.value * stride + n.value * kLanes) * factor;
+    });
+  });
   const int64_t line = std::is_same_v<KV, float> ? tile.value_dims : 2 * tile.value_dims;
   for (int token = begin; token < end;) {
     const int stop = token / 16 * 16 + 16 < end ? token / 16 * 16 + 16 : end;
     const KV* values = tile.values[token / 16] + value_index<KV>(token % 16, dim, tile.value_dims);
-    while (token < stop) {
+    do {
       vf v[Vectors];
       if constexpr (std::is_same_v<KV, float>) {
-        for (int n = 0; n < Vectors; ++n) v[n] = load(values + n * kLanes);
-        add(v, weights + token);
+        each<Vectors>([&](auto n) FS_INLINE { v[n.value] = load(values + n.value * kLanes); });
+        add_products<Rows, Vectors>(sums, weights + token, kTileTokens, v);
         token += 1;
       } else {
-        for (int n = 0; n < Vectors; ++n) v[n] = load_even(values + 2 * n * kLanes);
-        add(v, weights + token);
-        for (int n = 0; n < Vectors; ++n) v[n] = load_odd(values + 2 * n * kLanes);
-        add(v, weights + token + 1);
+        each<Vectors>([&](auto n) FS_INLINE { v[n.value] = load_even(values + 2 * n.value * kLanes); });
+        add_products<Rows, Vectors>(sums, weights + token, kTileTokens, v);
+        each<Vectors>([&](auto n) FS_INLINE { v[n.value] = load_odd(values + 2 * n.value * kLanes); });
+        add_products<Rows, Vectors>(sums, weights + token + 1, kTileTokens, v);
         token += 2;
       }
       values += line;
-    }
+    } while (token < stop);
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int n = 0; n < Vectors; ++n) store(group.out + r * group.stride + dim + n * kLanes, sums[r][n]);
-  }
+  each<Rows>([&](auto r) FS_INLINE {
+    each<Vectors>([&](auto n) FS_INLINE {
+      store(out + r.value * stride + n.value * kLanes, sums[r.value * Vectors + n.value]);
+    });
+  });
 }
 
 template <class KV, int Rows>
@@ -316,11 +346,14 @@ bool is_finite_where_hidden(const RowGroup& group, const Tile<KV>& tile, int num
     all.begin = group.begin[r] < all.begin ? group.begin[r] : all.begin;
     all.end = group.end[r] > all.end ? group.end[r] : all.end;
   }
-  for (int64_t token = all.begin; token < all.end; ++token) {
-    const bool is_common = token >= common.begin && token < common.end;
-    if (!is_common && !is_finite_value(tile, static_cast<int>(token))) return false;
-  }
-  return true;
+  const auto is_finite = [&](TokenRange tokens) {
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+      if (!is_finite_value(tile, static_cast<int>(token))) return false;
+    }
+    return true;
+  };
+  if (common.begin >= common.end) return is_finite(all);
+  return is_finite({all.begin, common.begin}) && is_finite({common.end, all.end});
 }
 
 template <class KV>

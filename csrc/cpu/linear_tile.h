@@ -7,9 +7,9 @@
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 #include "core/simd.h"
+#include "cpu/each.h"
 #include "layout/panel.h"
 
 namespace fs::FS_ISA {
@@ -39,22 +39,6 @@ inline vf odd_of_pairs(const bf16* p) {
   return {v4f{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])}};
 }
 #endif
-
-// f(Index<0>), f(Index<1>), ... f(Index<N - 1>), written out: accumulators indexed by constants become
-// registers, those indexed by a loop variable stay in memory for too long.
-template <int I>
-struct Index {
-  static constexpr int value = I;
-};
-template <int... I, class F>
-[[gnu::always_inline]] inline void each_of(std::integer_sequence<int, I...>, const F& f) {
-  (f(Index<I>{}), ...);
-}
-template <int N, class F>
-[[gnu::always_inline]] inline void each(const F& f) {
-  each_of(std::make_integer_sequence<int, N>{}, f);
-}
-#define FS_INLINE __attribute__((always_inline))
 
 // sum += a * b, as fma() does. On AVX2 the tile fills all 16 registers; left to choose among the operand
 // orders of the instruction the compiler copies accumulators around and through the stack, so here it has no
