@@ -90,7 +90,7 @@ class PackedLinear:
         self.takes_bf16 = device.multiplies_bf16(self.in_features) and weight.dtype == torch.bfloat16
         self.packed = device.empty(device.packed_linear_shape(num_rows, self.in_features), weight.dtype)
         device.ops.pack_linear(self.packed, device.upload(weight[in_turns(num_rows)] if is_gated else weight))
-        self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
+        self.bias = None if bias is None else device.keep(bias.to(torch.float32))
 
     @property
     def num_bytes(self) -> int:
@@ -122,8 +122,8 @@ class TorchLinear:
 
     def __init__(self, device: Device, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
-        self.weight = device.upload(weight.contiguous())
-        self.bias = None if bias is None else device.upload(bias.to(weight.dtype).contiguous())
+        self.weight = device.keep(weight)
+        self.bias = None if bias is None else device.keep(bias.to(weight.dtype))
 
     @property
     def num_bytes(self) -> int:
@@ -185,7 +185,7 @@ class _QuantizedLinear:
         self.group_size = group_size
         self.activation_bits = activation_bits
         self.takes_bf16 = device.multiplies_bf16(self.in_features) and activation_bits == 16
-        self.bias = None if bias is None else device.upload(bias.to(torch.float32).contiguous())
+        self.bias = None if bias is None else device.keep(bias.to(torch.float32))
 
     @property
     def num_bytes(self) -> int:
@@ -225,7 +225,7 @@ class Int4Linear(_QuantizedLinear):
             there(weight.minimums, torch.float16),
             weight.group_size,
         )
-        self.input_order = there(weight.input_order, torch.int32)
+        self.input_order = None if weight.input_order is None else device.keep(weight.input_order)
         self.takes_bf16 = self.takes_bf16 and self.input_order is None
 
     @property
@@ -302,11 +302,11 @@ class Embedding:
         self.group_size = 0
         self.scales: torch.Tensor | None = None
         if isinstance(table, Int8Weight):
-            self.table = device.upload(table.codes.contiguous())
-            self.scales = device.upload(table.scales.contiguous())
+            self.table = device.keep(table.codes)
+            self.scales = device.keep(table.scales)
             self.group_size = table.group_size
         else:
-            self.table = device.upload(table.contiguous())
+            self.table = device.keep(table)
 
     @property
     def num_bytes(self) -> int:
@@ -325,7 +325,7 @@ class RMSNorm:
 
     def __init__(self, device: Device, weight: torch.Tensor, eps: float) -> None:
         self.ops = device.ops
-        self.weight = device.upload(weight.to(device.activation_dtype(weight.dtype)).contiguous())
+        self.weight = device.keep(weight.to(device.activation_dtype(weight.dtype)))
         self.eps = eps
 
     @property

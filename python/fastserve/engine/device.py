@@ -90,7 +90,10 @@ class Device(Protocol):
         """Memory with any content."""
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous host tensor there, to keep."""
+        """A contiguous host tensor there; it may be the same memory."""
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a host tensor there, contiguous, which needs the host's no longer."""
 
     def stage(self, arrays: _native.StepArrays, size: int) -> torch.Tensor:
         """The memory, int32, to which the `size` numbers of a step's arrays were brought in one copy; overwritten by
@@ -196,6 +199,9 @@ class CpuDevice:
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def stage(self, arrays: _native.StepArrays, size: int) -> torch.Tensor:
         if self._staging_size < size:
@@ -309,6 +315,8 @@ class CudaDevice:
         there = self.empty(tensor.shape, tensor.dtype)
         there.copy_(tensor)
         return there
+
+    keep = upload
 
     def stage(self, arrays: _native.StepArrays, size: int) -> torch.Tensor:
         if self._staging is None or self._staging[0].numel() < size:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +64,22 @@ def free_memory_bytes() -> int:
     except (OSError, ValueError):
         pass
     return max(free, 0)
+
+
+def peak_memory_bytes() -> int:
+    """The most that was resident of this process at a time. Shared libraries count, swapped pages do not."""
+    with contextlib.suppress(OSError, ValueError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back_freed_memory() -> None:
+    """What was freed and the C library keeps for later goes to the system, where it has a way to do so (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def plan_memory(

@@ -70,8 +70,8 @@ class ModelRunner:
             model_max_len=model_max_len,
             free_bytes=self.device.free_memory_bytes(),
         )
-        shape = (self.memory_plan.num_blocks, 2, m.num_kv_heads, config.block_size, m.head_dim)
-        self.kv_cache = [self.device.empty(shape, kv_dtype) for _ in range(m.num_layers)]
+        shape = (m.num_layers, self.memory_plan.num_blocks, 2, m.num_kv_heads, config.block_size, m.head_dim)
+        self.kv_cache = list(self.device.empty(shape, kv_dtype))  # one piece: each layer's own would end in half a page
         self.pages = PagesAhead(self.kv_cache)
         self.batches = BatchBuilder(
             self.device, m, config.block_size, max_logit_rows, full_rows=config.max_num_batched_tokens

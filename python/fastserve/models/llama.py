@@ -13,6 +13,7 @@ import torch
 
 from fastserve.engine.batch import Batch, StepBuffers, StepViews
 from fastserve.engine.device import Device
+from fastserve.engine.memory import give_back_freed_memory
 from fastserve.errors import ModelLoadError
 from fastserve.layers import (
     Embedding,
@@ -80,12 +81,6 @@ class Model:
         width, head = config.hidden_size, config.head_dim
         table = weights.vocabulary("model.embed_tokens", config.vocab_size, width)
         self.embedding = Embedding(device, table)
-        self.layers = []
-        for index in range(config.num_layers):
-            self.layers.append(Layer(config, weights, index))
-            if progress is not None:
-                progress(index + 1, config.num_layers)
-        self.norm = weights.norm("model.norm.weight", width, config.rms_norm_eps)
         if config.tie_word_embeddings:
             weights.drop("lm_head.weight")
             self.lm_head = weights.lm_head(table)
@@ -93,6 +88,15 @@ class Model:
             self.lm_head = weights.linear([("lm_head", config.vocab_size)], width, bias=False)
         else:
             self.lm_head = weights.lm_head(weights.vocabulary("lm_head", config.vocab_size, width))
+        del table  # the largest tensors first: nothing else is there yet when they are there twice
+        weights.release()
+        self.layers = []
+        for index in range(config.num_layers):
+            self.layers.append(Layer(config, weights, index))
+            weights.release()
+            if progress is not None:
+                progress(index + 1, config.num_layers)
+        self.norm = weights.norm("model.norm.weight", width, config.rms_norm_eps)
         weights.check_all_taken()
         self.cos_sin = device.upload(cos_sin_table(config.rope, head, max_model_len))
 
@@ -233,8 +237,11 @@ class Weights:
         if self.keeps_int8_linears and all(self.is_int8(name) for name, _ in parts):
             weight = Int8Weight.stack([self._int8(name, rows, in_features) for name, rows in parts])
             return Int8Linear(self.device, weight, joined, bits, is_gated)
-        weights = [self._matrix(name, rows, in_features) for name, rows in parts]
-        return make_linear(self.device, torch.cat(weights), joined, is_gated)
+        weight = self._matrix(*parts[0], in_features)
+        if len(parts) > 1:
+            weight = torch.cat([weight, *(self._matrix(name, rows, in_features) for name, rows in parts[1:])])
+            self.checkpoint.release()  # there is a copy now
+        return make_linear(self.device, weight, joined, is_gated)
 
     def vocabulary(self, name: str, rows: int, in_features: int) -> torch.Tensor | Int8Weight:
         """The table of the embedding or the head. An int8 one stays so: gathering its rows works on every device."""
@@ -279,6 +286,11 @@ class Weights:
 
     def norm(self, name: str, width: int, eps: float) -> RMSNorm:
         return RMSNorm(self.device, self.take(name, (width,)), eps)
+
+    def release(self) -> None:
+        """Gives back the memory of tensors that were read, and of what was made of them on the way to the device."""
+        self.checkpoint.release()
+        give_back_freed_memory()
 
     def drop(self, name: str) -> None:
         self.left.discard(name)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in the safetensors format, sharded or not.
 
-Reading is done by the `safetensors` library (memory-mapped, no copy). Before anything is mapped, the header
-of every file is checked here in full: a checkpoint comes from strangers, and an error must name the file, the
-tensor, what was given and what is allowed. Pickle-based checkpoints (.bin, .pt, .pth) run code when they are
-loaded: they are refused.
+Files are mapped, not copied. Before that the header of every file is checked here in full: a checkpoint comes from
+strangers, and an error must name the file, the tensor, what was given and what is allowed. Then a tensor is a place in
+the mapping; the `safetensors` library would find it as well, but keeps every page that was ever read, and with them a
+second copy of the weights. Pickle-based checkpoints (.bin, .pt, .pth) run code when they are loaded: they are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from fastserve.errors import ModelLoadError
 from fastserve.json_file import parse_json_object, read_json_object
@@ -45,10 +47,23 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
+class FileVersion:
+    """A file as its header was read: where its data section starts, and what tells that it is still that file."""
+
+    path: Path
+    data_start: int
+    stamp: tuple[int, int, int, int]
+
+    @staticmethod
+    def stamp_of(status: os.stat_result) -> tuple[int, int, int, int]:
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies: file, dtype, shape, and its bytes [begin, end) in the data section."""
 
-    file: Path
+    file: FileVersion
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
@@ -63,9 +78,9 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63  # not isinstance, for which True is an int
 
 
-def _read_entry(path: Path, name: str, raw: Any, data_bytes: int) -> TensorEntry:
+def _read_entry(file: FileVersion, name: str, raw: Any, data_bytes: int) -> TensorEntry:
     """One header entry, checked against itself and against the number of data bytes the file really has."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{file.path}: tensor {name!r}"
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
         raise ModelLoadError(f"{where}: expected dtype, shape and data_offsets, got {raw!r:.200}")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
@@ -84,7 +99,7 @@ def _read_entry(path: Path, name: str, raw: Any, data_bytes: int) -> TensorEntry
             f"{where}: {dtype} of shape {shape} takes {needed} bytes, "
             f"but data_offsets [{begin}, {end}) span {end - begin}"
         )
-    return TensorEntry(path, DTYPES[dtype], tuple(shape), begin, end)
+    return TensorEntry(file, DTYPES[dtype], tuple(shape), begin, end)
 
 
 def _check_coverage(path: Path, entries: dict[str, TensorEntry], data_bytes: int) -> None:
@@ -112,8 +127,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise ModelLoadError(f"{path}: {'not a regular file' if path.exists() else 'does not exist'}")
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
+            status = os.fstat(file.fileno())
+            size = status.st_size
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise ModelLoadError(f"{path}: {size} bytes is too short for a safetensors file (at least 8)")
@@ -130,7 +145,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ModelLoadError(f"{path}: __metadata__ must map strings to strings")
     data_bytes = size - 8 - header_bytes
-    entries = {name: _read_entry(path, name, raw, data_bytes) for name, raw in header.items()}
+    version = FileVersion(path, 8 + header_bytes, FileVersion.stamp_of(status))
+    entries = {name: _read_entry(version, name, raw, data_bytes) for name, raw in header.items()}
     _check_coverage(path, entries, data_bytes)
     return entries
 
@@ -168,7 +184,7 @@ class Checkpoint:
 
     def __init__(self, entries: dict[str, TensorEntry]) -> None:
         self._entries = entries
-        self._files: dict[Path, Any] = {}
+        self._mappings: dict[Path, mmap.mmap] = {}
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -200,24 +216,40 @@ class Checkpoint:
         return sum(entry.num_bytes for entry in self._entries.values())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, backed by the mapped file: read it, do not write to it."""
+        """The tensor on the CPU, backed by the mapped file: read it, do not write to it. It outlives the checkpoint."""
         entry = self.entry(name)
+        if entry.num_bytes == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
         try:
-            if entry.file not in self._files:
-                # A handle maps its file until it is dropped; tensors keep their own reference to the mapping.
-                self._files[entry.file] = safe_open(entry.file, framework="pt", device="cpu")
-            tensor: torch.Tensor = self._files[entry.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{entry.file}: tensor {name!r} cannot be read: {error}") from error
-        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            mapping = self._mapping(entry.file)
+        except OSError as error:
             raise ModelLoadError(
-                f"{entry.file}: tensor {name!r} changed while read: {tensor.dtype} {tuple(tensor.shape)}; "
-                f"its header said {entry.dtype} {entry.shape}"
-            )
-        return tensor
+                f"{entry.file.path}: tensor {name!r} cannot be read: {error.strerror or error}"
+            ) from error
+        begin, count = entry.file.data_start + entry.begin, math.prod(entry.shape)
+        return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=begin).view(entry.shape)
+
+    def _mapping(self, file: FileVersion) -> mmap.mmap:
+        mapping = self._mappings.get(file.path)
+        if mapping is None:
+            with file.path.open("rb") as opened:
+                if FileVersion.stamp_of(os.fstat(opened.fileno())) != file.stamp:
+                    raise ModelLoadError(
+                        f"{file.path}: changed while read: it is not the file whose header was checked"
+                    )
+                mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._mappings[file.path] = mapping
+        return mapping
+
+    def release(self) -> None:
+        """Gives back the memory of all that was read so far. Tensors stay valid: what is read again is mapped again."""
+        with contextlib.suppress(AttributeError, OSError):  # a system without it keeps the pages
+            for mapping in self._mappings.values():
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        self._files.clear()
+        """Files stay mapped as long as there are tensors of them."""
+        self._mappings.clear()
 
     def __enter__(self) -> Checkpoint:
         return self
