@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastserve.bench import offline
 from fastserve.bench.offline import Stopwatch, cut_prompts
@@ -67,6 +68,20 @@ def test_latency_reports_percentiles(tmp_path: Path) -> None:
     figures = json.loads(file.read_text())
     assert len(figures["latencies"]) == 2
     assert min(figures["latencies"]) <= figures["percentiles"]["50"] <= max(figures["latencies"])
+
+
+def test_startup_tells_memory_apart(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    arguments = ["--num-iters", "1", "--kv-cache-memory-bytes", str(100 << 20), "--output-json", str(file)]
+    assert main(["bench", "startup", str(MODEL), *arguments]) == 0
+    one = json.loads(file.read_text())["runs"][0]
+    assert one["kv_bytes"] == pytest.approx(100 << 20, rel=0.01)
+    assert one["weight_bytes"] == pytest.approx(
+        (MODEL / "model.safetensors").stat().st_size + 49152 * 576 * 2, rel=0.01
+    )
+    assert one["peak_bytes"] == one["weight_bytes"] + one["kv_bytes"] + one["other_bytes"]
+    assert one["other_bytes"] < 300e6 or torch.backends.cuda.is_built()  # whose libraries are larger
+    assert one["seconds"] > one["import_s"] + one["load_s"] + one["first_token_s"] > 0
 
 
 def test_startup_of_a_missing_model_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

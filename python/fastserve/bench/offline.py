@@ -228,8 +228,10 @@ def run_latency(arguments: argparse.Namespace) -> int:
 
 # --- startup ---
 
+REQUESTS = 64  # at a time, where memory is measured
+
 _FIRST_TOKEN = """
-import json, resource, sys, time
+import json, sys, time
 begin = time.perf_counter()
 from fastserve.llm import LLM
 from fastserve.config import SamplingParams
@@ -237,10 +239,22 @@ imported = time.perf_counter()
 llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
 loaded = time.perf_counter()
 llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-print(json.dumps({
+figures = {
     "import_s": imported - begin, "load_s": loaded - imported, "first_token_s": time.perf_counter() - loaded,
-    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-}))
+    "seconds": time.time() - float(sys.argv[3]),
+}
+
+from fastserve.engine.memory import peak_memory_bytes
+
+runner, requests = llm.loaded.runner, int(sys.argv[4])
+length = min(llm.loaded.config.max_num_batched_tokens // requests + 1, runner.max_model_len - 2)
+params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+llm.generate([[5 + i] * length for i in range(requests)], params, use_tqdm=False)
+for cache in runner.kv_cache:
+    cache.zero_()  # all of it is there now
+plan, peak = runner.memory_plan, peak_memory_bytes()
+figures |= {"peak_bytes": peak, "weight_bytes": plan.weight_bytes, "kv_bytes": plan.kv_bytes}
+print(json.dumps({**figures, "other_bytes": peak - plan.weight_bytes - plan.kv_bytes}))
 """
 
 
@@ -254,18 +268,23 @@ def add_startup_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_startup(arguments: argparse.Namespace) -> int:
-    """New processes, so that imports count; all but the first find the files in the page cache."""
+    """New processes, so that imports count; all but the first find the files in the page cache.
+
+    Memory is the peak of such a process after a full step, 64 requests at a time and a write to all of the KV cache.
+    `other_bytes` is what is neither the weights as they are kept nor the KV cache asked for.
+    """
     names = ("dtype", "num_threads", "kv_cache_memory_bytes")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     measured = []
     others = 0.0
     for _ in range(arguments.num_iters):
         with Stopwatch() as watch:
-            command = [sys.executable, "-c", _FIRST_TOKEN, arguments.model, json.dumps(options)]
+            given = [arguments.model, json.dumps(options), str(time.time()), str(REQUESTS)]
+            command = [sys.executable, "-c", _FIRST_TOKEN, *given]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise FastserveError(f"the process failed: {done.stderr.strip().splitlines()[-1:]}")
-        measured.append({"seconds": watch.seconds, **json.loads(done.stdout.splitlines()[-1])})
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
         others = max(others, watch.others)
     median = {name: statistics.median(one[name] for one in measured) for name in measured[0]}
     figures: dict[str, Any] = {"median": median, "runs": measured, "others": others}
@@ -273,7 +292,9 @@ def run_startup(arguments: argparse.Namespace) -> int:
         f"start to first token, {arguments.num_iters} new processes: {median['seconds']:.2f} s "
         f"({min(one['seconds'] for one in measured):.2f} to {max(one['seconds'] for one in measured):.2f})",
         f"of it imports {median['import_s']:.2f} s, model {median['load_s']:.2f} s, "
-        f"first token {median['first_token_s']:.2f} s; peak memory {median['peak_bytes'] / 1e6:.0f} MB",
+        f"first token {median['first_token_s']:.2f} s",
+        f"peak memory {median['peak_bytes'] / 1e6:.0f} MB: weights {median['weight_bytes'] / 1e6:.0f}, KV cache "
+        f"{median['kv_bytes'] / 1e6:.0f}, all else {median['other_bytes'] / 1e6:.0f}",
     ]
     return finish(arguments, figures, lines)
 
