@@ -6,7 +6,7 @@
 
 Needs build/sim (make simulated). For each workload: KV bytes read over the fewest possible (each token of a prefix
 once, each token of a request once, per KV head), the bytes of partial results written and read, and those that blocks
-put aside between spans and take up again (always the same 33 or 66 KB of a block), both over KV bytes; sectors of 32
+put aside between spans and take up again (always the same 100 or 200 KB of a block), both over KV bytes; sectors of 32
 bytes over those that the bytes need, wavefronts of shared memory over those that its bandwidth needs, tensor-core
 products over those that the visible tokens need. Where a prefix is shared, also how many times fewer bytes than if
 nobody shared, with the partial results on both sides.

@@ -67,9 +67,10 @@ def our_call(work: Workload, inputs: Inputs) -> Callable[[], None]:
         rows_per_shared_item=128,
         rows_per_warp=16,
         rows_per_token_read=64,
+        fold_levels=2,
     )
     there = [torch.from_numpy(part.copy()).cuda() for part in (plan.items, plan.merges, plan.parts)]
-    parked = num_blocks * 128 * 4 * 2 * (WIDTH // 8 + 1)  # csrc/cuda/attention_rows.cuh
+    parked = num_blocks * 3 * 128 * 4 * 2 * (WIDTH // 8 + 1)  # csrc/cuda/attention_rows.cuh
     workspace = torch.empty(parked + plan.workspace_floats(HEADS, WIDTH), device="cuda")
     arguments: dict[str, Any] = dict(zip(("items", "merges", "parts"), there, strict=True))
     arguments |= {"out": torch.empty_like(inputs.q), "q": inputs.q, "kv_cache": inputs.cache}

@@ -150,7 +150,7 @@ def call_overheads() -> Iterator[Work]:
 
     arrays = _native.StepArrays(
         [0], block_size=16, span=128, group_size=1, num_kv_heads=1, rows_per_item=48, rows_per_shared_item=384,
-        rows_per_warp=0, rows_per_token_read=4, max_decodes=0, fixed_shapes=False,
+        rows_per_warp=0, rows_per_token_read=4, fold_levels=0, max_decodes=0, fixed_shapes=False,
     )  # fmt: skip
     replayed = _native.Recording(arrays)
     with replayed:

@@ -66,6 +66,7 @@ def shared_tables(
     rows_per_shared_item=st.integers(1, 200),
     rows_per_warp=st.sampled_from([0, 1, 16]),
     tokens_per_partial=st.integers(0, 4),
+    fold_levels=st.integers(0, 3),
     blocks_per_choice=st.integers(1, 12),
 )
 def test_every_visible_pair_once_and_each_partial_in_order(
@@ -79,6 +80,7 @@ def test_every_visible_pair_once_and_each_partial_in_order(
     rows_per_shared_item: int,
     rows_per_warp: int,
     tokens_per_partial: int,
+    fold_levels: int,
     blocks_per_choice: int,
 ) -> None:
     span = block_size * blocks_per_span
@@ -102,6 +104,7 @@ def test_every_visible_pair_once_and_each_partial_in_order(
         rows_per_shared_item=rows_per_shared_item,
         rows_per_warp=rows_per_warp,
         tokens_per_partial=tokens_per_partial,
+        fold_levels=fold_levels,
         groups=groups,
     )
     for_warp = [item["num_rows"] * group_size <= rows_per_warp for item in plan_items(plan)]
@@ -147,14 +150,14 @@ def test_every_visible_pair_once_and_each_partial_in_order(
             item["merge_begin"] <= index < item["merge_begin"] + item["num_merges"] for item in plan_items(plan)
         )
         for i in range(num_rows):
-            mine = [slot + i for slot in plan.parts[parts_begin:parts_end].tolist()]
+            mine = [part % 2**28 + i for part in plan.parts[parts_begin:parts_end].tolist()]
             read_slots += mine
             outputs[row_begin + i] += 1
             for left, right in itertools.pairwise(mine):
                 assert slots[left][0] == slots[right][0] == row_begin + i
                 assert slots[left][2] == slots[right][1]
                 assert slots[right][1] % span == 0
-                assert slots[right][2] - slots[right][1] <= span
+                assert slots[right][2] - slots[right][1] <= 2**fold_levels * span
     assert sorted(read_slots) == sorted(slots)
     assert outputs == [1] * query_start[-1]
 
@@ -204,6 +207,7 @@ def test_takes_any_integer_arrays(dtype: type) -> None:
         ([0, 1], [2**40], {}, r"seq_lens\[0\] is 1099511627776; must fit 32 bits"),
         ([0, 1], [3], {"span": 40}, "span is 40; must be a multiple of the block size 16"),
         ([0, 1], [3], {"rows_per_warp": -1}, "rows_per_warp is -1; must not be negative"),
+        ([0, 1], [3], {"fold_levels": 5}, "fold_levels is 5; must be from 0 to 4"),
         ([0, 4], [3], {}, "request 0 has 4 query rows and only 3 tokens"),
         ([], [], {}, "must have one more"),
         ([0, 1], [3], {"groups": [[0, 16, 0]]}, "groups must be rows of 4 integers"),

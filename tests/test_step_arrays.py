@@ -18,7 +18,7 @@ from fastserve.request import Request
 BLOCK = 4
 SPAN = 8
 PLAN = {"block_size": BLOCK, "span": SPAN, "group_size": 2, "num_kv_heads": 3}
-ROWS = {"rows_per_item": 8, "rows_per_shared_item": 16, "rows_per_warp": 0, "rows_per_token_read": 4}
+ROWS = {"rows_per_item": 8, "rows_per_shared_item": 16, "rows_per_warp": 0, "rows_per_token_read": 4, "fold_levels": 0}
 
 
 def step_arrays(windows: tuple[int, ...] = (0,), max_decodes: int = 64, fixed_shapes: bool = False) -> Any:

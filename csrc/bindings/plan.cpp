@@ -157,6 +157,8 @@ several requests.
 rows_per_warp: items of at most so many packed rows come after all others, as the CUDA kernel needs it; 0: no matter.
 tokens_per_partial: what a partial result costs, in KV tokens read; 0: share whatever saves reads.
 rows_per_token_read: packed rows that can be computed with a KV token while it is read.
+fold_levels: partial results of 2^fold_levels spans fold in a binary tree, these from left to right. A kernel has its
+own: 0 on the CPU, 2 on CUDA.
 groups: int32 [G, 4], prefixes that requests share, as prefix_groups() returns them. Those that pay are read once
 for all their readers; never changes a result.
 
@@ -165,7 +167,7 @@ Raises ValueError naming what was given and what is allowed.)")
       .def(py::init([](const py::object& query_start, const py::object& seq_lens, int block_size, int span,
                        int group_size, int num_kv_heads, int window, int num_workers, int rows_per_item,
                        int rows_per_shared_item, int rows_per_warp, int tokens_per_partial,
-                       int rows_per_token_read, const py::object& groups) {
+                       int rows_per_token_read, int fold_levels, const py::object& groups) {
              const Int32Array starts = int32_array(query_start, "query_start");
              const Int32Array lens = int32_array(seq_lens, "seq_lens");
              const Int32Array nodes =
@@ -182,6 +184,7 @@ Raises ValueError naming what was given and what is allowed.)")
              options.rows_per_warp = rows_per_warp;
              options.tokens_per_partial = tokens_per_partial;
              options.rows_per_token_read = rows_per_token_read;
+             options.fold_levels = fold_levels;
              return AttentionPlan(span_of(starts), span_of(lens), options,
                                   {reinterpret_cast<const PrefixGroup*>(nodes.data()),
                                    static_cast<size_t>(nodes.size() / kGroupFields)});
@@ -193,7 +196,7 @@ Raises ValueError naming what was given and what is allowed.)")
            py::arg("rows_per_warp") = AttentionPlanOptions{}.rows_per_warp,
            py::arg("tokens_per_partial") = AttentionPlanOptions{}.tokens_per_partial,
            py::arg("rows_per_token_read") = AttentionPlanOptions{}.rows_per_token_read,
-           py::arg("groups") = py::none())
+           py::arg("fold_levels") = AttentionPlanOptions{}.fold_levels, py::arg("groups") = py::none())
       .def_property_readonly(
           "items",
           [](const py::object& self) {

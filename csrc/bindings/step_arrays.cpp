@@ -125,7 +125,7 @@ A step of at most max_decodes requests, all decodes, can be recorded; with fixed
 The other arguments are those of AttentionPlan.)")
       .def(py::init([](const std::vector<int>& windows, int block_size, int span, int group_size,
                        int num_kv_heads, int rows_per_item, int rows_per_shared_item, int rows_per_warp,
-                       int rows_per_token_read, int64_t max_decodes, bool fixed_shapes) {
+                       int rows_per_token_read, int fold_levels, int64_t max_decodes, bool fixed_shapes) {
              StepArraysOptions options;
              options.attention.block_size = block_size;
              options.attention.span = span;
@@ -135,6 +135,7 @@ The other arguments are those of AttentionPlan.)")
              options.attention.rows_per_shared_item = rows_per_shared_item;
              options.attention.rows_per_warp = rows_per_warp;
              options.attention.rows_per_token_read = rows_per_token_read;
+             options.attention.fold_levels = fold_levels;
              options.windows = windows;
              options.max_decodes = max_decodes;
              options.fixed_shapes = fixed_shapes;
@@ -142,8 +143,8 @@ The other arguments are those of AttentionPlan.)")
            }),
            py::arg("windows"), py::kw_only(), py::arg("block_size"), py::arg("span"), py::arg("group_size"),
            py::arg("num_kv_heads"), py::arg("rows_per_item"), py::arg("rows_per_shared_item"),
-           py::arg("rows_per_warp"), py::arg("rows_per_token_read"), py::arg("max_decodes"),
-           py::arg("fixed_shapes"))
+           py::arg("rows_per_warp"), py::arg("rows_per_token_read"), py::arg("fold_levels"),
+           py::arg("max_decodes"), py::arg("fixed_shapes"))
       .def(
           "build",
           [](StepArrays& self, const py::tuple& items, int num_workers) {

@@ -4,8 +4,8 @@
 // of long contexts and shared prefixes.
 //
 // The unit of arithmetic is a tile of 16 packed rows (row = token * group + head of the group) on a warp. It
-// walks the tokens of a span in tiles of 64 from a partial of nothing, and folds the partials of spans from
-// left to right. How warps share out rows and loads never shows in a result:
+// walks the tokens of a span in tiles of 64 from a partial of nothing; partials fold as AttentionPlan says.
+// How warps share out rows and loads never shows in a result:
 //   more than 64 rows   a block of four warps has 128 rows, two tiles on each warp, so that what a warp reads
 //                       of keys and values from shared memory serves 32 rows. Queries lie there too. Only on
 //                       devices that have the shared memory for two such blocks
@@ -150,7 +150,7 @@ __device__ __forceinline__ void attend_block(const AttentionOperands<T>& op, Ite
       loader.keep(blocks);
       slot.advance();
     }
-    rows.end_span(end, (end - 1) / op.span == range.begin / op.span, end == range.end);
+    rows.end_span((end - 1) / op.span, range.begin / op.span, end == range.end);
   }
   rows.finish();
 }
@@ -210,7 +210,7 @@ __device__ __forceinline__ void attend_warp(const AttentionOperands<T>& op, Item
         slot.advance();
       }
     }
-    rows.end_span(end, false, false);
+    rows.end_span((end - 1) / op.span, 0, false);
   }
   rows.finish();
 }
@@ -335,7 +335,7 @@ void attention_of(const Attention& op, cudaStream_t stream) {
   // Blocks of a launch: as many as the device holds at once.
   const DeviceLimits limits = current_limits();
   const int64_t blocks = kBlocksPerMultiprocessor * limits.multiprocessors;
-  const int64_t parked = blocks * kMaxRowTiles * kThreads * 4 * (head_dim / 8 + 1);
+  const int64_t parked = blocks * (kFoldLevels + 1) * kMaxRowTiles * kThreads * 4 * (head_dim / 8 + 1);
   FS_CHECK(op.workspace.shape[0] >= parked, "attention: the cuda kernel needs a workspace of "
                                                 << parked << " floats and those of the plan; given "
                                                 << op.workspace.shape[0]);

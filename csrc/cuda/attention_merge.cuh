@@ -12,24 +12,44 @@ namespace fs::cuda {
 template <class T, int kDim>
 __device__ __forceinline__ void merge_row(const AttentionOperands<T>& op, const AttentionMerge& merge,
                                           int row, int head) {
-  constexpr int kMine = kDim / kWarp;
+  constexpr int kMine = kDim / kWarp, kWaiting = kFoldLevels + 1;
   using Floats = Vec<float, kMine>;
+  struct Result {
+    float out[kMine];
+    float max, sum;
+  };
+  Result waiting[kWaiting] = {};  // in registers: indexed by constants
+  int num_waiting = 0;
   const int num_heads = op.kv.num_kv_heads * op.group;
-  float out[kMine] = {};
-  float max = __int_as_float(0xff800000), sum = 0.0f;
   for (int p = merge.parts_begin; p < merge.parts_end; ++p) {
-    const int64_t at = static_cast<int64_t>(op.parts[p] + row) * num_heads + head;
-    const Floats part = Floats::load(op.partials + at * kDim + lane_id() * kMine);
+    const int part = op.parts[p];
+    const int64_t at = static_cast<int64_t>(part_slot(part) + row) * num_heads + head;
+    const Floats loaded = Floats::load(op.partials + at * kDim + lane_id() * kMine);
     const float2 stats = op.stats[at];
-    const Fold both(max, stats.x, op.scale);
-    max = both.max;
-    sum = both(sum, stats.y);
+    Result mine{{}, stats.x, stats.y};
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) out[i] = both(out[i], part[i]);
+    for (int i = 0; i < kMine; ++i) mine.out[i] = loaded[i];
+    const int left = num_waiting - part_folds(part, num_waiting);
+#pragma unroll
+    for (int n = kWaiting - 1; n >= 0; --n) {
+      if (n < left || n >= num_waiting) continue;
+      const Result& before = waiting[n];
+      const Fold both(before.max, mine.max, op.scale);
+      mine.max = both.max;
+      mine.sum = both(before.sum, mine.sum);
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) mine.out[i] = both(before.out[i], mine.out[i]);
+    }
+#pragma unroll
+    for (int n = 0; n < kWaiting; ++n) {
+      if (n == left) waiting[n] = mine;
+    }
+    num_waiting = left + 1;
   }
-  const float scale = reciprocal_of_sum(sum);
+  const float scale = reciprocal_of_sum(waiting[0].sum);
+  float out[kMine];
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) out[i] = __fmaf_rn(out[i], scale, 0.0f);
+  for (int i = 0; i < kMine; ++i) out[i] = __fmaf_rn(waiting[0].out[i], scale, 0.0f);
   T* to = op.out + (merge.row_begin + row) * op.out_stride + head * kDim + lane_id() * kMine;
   Vec<T, kMine>::from(out).store(to);
 }

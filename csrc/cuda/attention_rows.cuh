@@ -11,8 +11,10 @@ namespace fs::cuda {
 
 inline constexpr int kAttentionThreads = 128;
 inline constexpr int kMaxRowTiles = 2;  // tiles of 16 rows on a warp
+// Plans are made with so many: spans fold in fours, ((0 1) (2 3)), and fours from left to right.
+inline constexpr int kFoldLevels = 2;
 template <int kDim>
-inline constexpr int kParkedVectors = kDim / 8 + 1;  // of 16 bytes, for each thread and tile
+inline constexpr int kParkedVectors = kDim / 8 + 1;  // of 16 bytes, for each thread, tile and level
 
 template <class T>
 struct AttentionOperands {
@@ -24,7 +26,7 @@ struct AttentionOperands {
   const int32_t* parts;
   float* partials;  // [slot][head][dim], not divided
   float2* stats;    // [slot][head]: maximum, sum
-  float4* parked;   // [block][tile][vector][thread]
+  float4* parked;   // [block][level][tile][vector][thread]
   int* next_unit;   // the queue
   int* num_left;    // blocks that have left it
   int* num_stored;  // [merge][kv_head]: items that have stored their partials
@@ -127,15 +129,25 @@ struct WarpRows {
     }
   }
 
-  // After the last tile of the span that ends with token last - 1, and begins with the tokens of the item or
-  // not, and ends with them or not.
-  __device__ __forceinline__ void end_span(int last, bool is_first, bool is_last) {
+  // After the last tile of a span, of a fold that begins with span `first` and, if is_last, ends here. What
+  // waits to be folded with what comes later, a left half of a node for each level and all fours before, is
+  // parked.
+  __device__ __forceinline__ void end_span(int span, int first, bool is_last) {
     if (hand.item.num_parts > 1) {
-      store((last - 1) / op.span - hand.item.kv_begin / op.span);
+      store(span - hand.item.kv_begin / op.span);
     } else if constexpr (kFolds) {
-      if (!is_first) fold_parked();
+      // Levels of which this ends a right half, or all that are parked. With two tiles there are no registers
+      // for a loop written out, nor for one that is left early.
+      constexpr int kFull = (1 << kFoldLevels) - 1;
+      const int ended = is_last ? span & kFull : (span ^ (span + 1)) >> 1 & kFull;
+      const bool is_full = is_last || ended == kFull;
+#pragma unroll(kTiles == 1 ? kFoldLevels + 1 : 1)
+      for (int level = 0; level <= kFoldLevels; ++level) {
+        const bool ends = level == kFoldLevels ? is_full : (ended >> level & 1) != 0;
+        if (ends && span >> level > first >> level) fold_parked(level);
+      }
       if (is_last) return;
-      park();
+      park(is_full ? kFoldLevels : __popc(ended));
     } else {
       return;  // it is the only one
     }
@@ -177,19 +189,17 @@ struct WarpRows {
     }
   }
 
-  // The fold of the spans so far waits in memory while the next one is computed: with both in registers there
-  // are not enough of them. Each thread has a place of its own, so nobody else sees it.
-  __device__ __forceinline__ float4* parked(int tile) const {
-    return op.parked +
-           (static_cast<int64_t>(blockIdx.x) * kMaxRowTiles + tile) * kParkedVectors<kDim> *
-               kAttentionThreads +
-           thread_id();
+  // Results wait in memory while the next span is computed: with both in registers there are not enough of
+  // them. Each thread has places of its own, so nobody else sees them.
+  __device__ __forceinline__ float4* parked(int level, int tile) const {
+    const int place = (static_cast<int>(blockIdx.x) * (kFoldLevels + 1) + level) * kMaxRowTiles + tile;
+    return op.parked + static_cast<int64_t>(place) * kParkedVectors<kDim> * kAttentionThreads + thread_id();
   }
-  __device__ __forceinline__ void park() const {
+  __device__ __forceinline__ void park(int level) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const PartialRows<kDim>& rows = current[tile];
-      float4* to = parked(tile);
+      float4* to = parked(level, tile);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const float (&out)[4] = rows.out[n];
@@ -198,11 +208,11 @@ struct WarpRows {
       to[kDim / 8 * kAttentionThreads] = make_float4(rows.max[0], rows.sums[0], rows.max[1], rows.sums[1]);
     }
   }
-  __device__ __forceinline__ void fold_parked() {
+  __device__ __forceinline__ void fold_parked(int level) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       PartialRows<kDim>& rows = current[tile];
-      const float4* from = parked(tile);
+      const float4* from = parked(level, tile);
       const float4 stats = from[kDim / 8 * kAttentionThreads];
       const Fold low(stats.x, rows.max[0], op.scale), high(stats.z, rows.max[1], op.scale);
       rows.max[0] = low.max;

@@ -7,26 +7,19 @@
 #include <limits>
 
 #include "core/error.h"
+#include "plan/attention_cuts.h"
 #include "plan/shared_prefixes.h"
 
 namespace fs {
 
 namespace {
 
-// Starting an item costs as much as this many tokens of one row.
-constexpr int64_t kItemCost = 64;
 // Units of work (item x KV head) that a worker finds at most when the total is spread evenly: more would only
 // be more to start.
 constexpr int64_t kUnitsPerWorker = 4;
 
-constexpr int32_t kMaxInt = std::numeric_limits<int32_t>::max();
-
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
-}
-
-int64_t spans_of(const AttentionItem& item, int64_t span) {
-  return (item.kv_end + span - 1) / span - item.kv_begin / span;
 }
 
 }  // namespace
@@ -75,6 +68,8 @@ void AttentionPlan::check(std::span<const int32_t> query_start, std::span<const 
            "attention plan: rows_per_token_read is " << o.rows_per_token_read << "; must be at least 1");
   FS_CHECK(o.rows_per_warp >= 0,
            "attention plan: rows_per_warp is " << o.rows_per_warp << "; must not be negative");
+  FS_CHECK(o.fold_levels >= 0 && o.fold_levels <= kMaxFoldLevels,
+           "attention plan: fold_levels is " << o.fold_levels << "; must be from 0 to " << kMaxFoldLevels);
   FS_CHECK(o.num_workers >= 1, "attention plan: num_workers is " << o.num_workers << "; must be at least 1");
   FS_CHECK(query_start.size() == seq_lens.size() + 1,
            "attention plan: query_start has " << query_start.size() << " entries for " << seq_lens.size()
@@ -91,49 +86,36 @@ void AttentionPlan::check(std::span<const int32_t> query_start, std::span<const 
   }
 }
 
-int64_t AttentionPlan::cost(const AttentionItem& item) const {
-  return (int64_t{item.kv_end} - item.kv_begin + kItemCost) * cost_of_token(item);
-}
-
-int64_t AttentionPlan::cost_of_token(const AttentionItem& item) const {
-  return std::max<int64_t>(int64_t{item.num_rows} * options_.group_size, options_.rows_per_token_read);
-}
-
-// Of one partial for each row of the item.
-int64_t AttentionPlan::cost_of_partial(const AttentionItem& item) const {
-  return int64_t{item.num_rows} * options_.group_size * options_.tokens_per_partial *
-         options_.rows_per_token_read;
-}
-
 // The cost up to which items stay whole; larger ones are cut where spans meet. With small items everybody has
 // work until the end, but what does not begin a fold stores a partial for each of its spans. So this is the
 // largest of a few costs with which the estimated time is about the shortest.
 int64_t AttentionPlan::choose_max_cost(std::span<const int32_t> query_start,
                                        const std::vector<PrefixGroup>& shared) const {
+  const AttentionCuts cuts(options_);
   struct Whole {
     AttentionItem item;
-    bool fold_begins;
+    AttentionCuts::Ends ends;
     bool is_shared;
   };
   std::vector<Whole> wholes;
   int64_t total = 0;
-  for (const RowTile& tile : tiles_) total += cost(tile.whole);
+  for (const RowTile& tile : tiles_) total += cuts.cost(tile.whole);
   for (const PrefixGroup& node : shared) {
     AttentionItem all{};
     all.num_rows = query_start[node.request_end] - query_start[node.request_begin];
     all.kv_begin = node.kv_begin;
     all.kv_end = node.kv_end;
-    total += cost(all);
-    wholes.push_back({all, node.kv_begin == 0, true});
+    total += cuts.cost(all);
+    wholes.push_back({all, {node.kv_begin == 0, false}, true});
   }
   const int64_t workers = options_.num_workers, heads = options_.num_kv_heads;
   const int64_t finest = std::max<int64_t>(total * heads / (kUnitsPerWorker * workers), 1);
   int64_t num_small = 0;  // never cut, nor those that a warp takes anyhow
   for (const RowTile& tile : tiles_) {
-    const bool is_large = cost(tile.whole) > finest && !is_for_warp(tile.whole);
+    const bool is_large = cuts.cost(tile.whole) > finest && !cuts.is_for_warp(tile.whole);
     // After a shared prefix nothing folds; one under a window is not worth telling apart.
     const bool fold_begins = tile.whole.kv_begin == 0 || options_.window > 0;
-    if (is_large) wholes.push_back({tile.whole, fold_begins, false});
+    if (is_large) wholes.push_back({tile.whole, {fold_begins, true}, false});
     num_small += is_large ? 0 : 1;
   }
   if (wholes.empty() || options_.tokens_per_partial == 0) return finest;
@@ -141,39 +123,44 @@ int64_t AttentionPlan::choose_max_cost(std::span<const int32_t> query_start,
   struct Choice {
     int64_t max_cost, time;
   };
+  struct Same {
+    int64_t cost, count;
+  };
   std::array<Choice, 6> choices;
+  std::vector<Same> items;
   for (size_t i = 0; i < choices.size(); ++i) {
     const int64_t max_cost = i + 1 < choices.size() ? finest << i : std::numeric_limits<int64_t>::max() / 2;
     int64_t spent = total, largest = 0, units = num_small;
+    items.clear();
     for (const Whole& whole : wholes) {
       AttentionItem item = whole.item;
       int64_t passes = 1;
       if (whole.is_shared) {
-        const int64_t rows = std::min<int64_t>(item.num_rows, rows_of_shared_item(max_cost));
+        const int64_t rows = std::min<int64_t>(item.num_rows, cuts.rows_of_shared_item(max_cost));
         passes = divide_up(item.num_rows, rows);
         item.num_rows = static_cast<int32_t>(rows);
       }
-      const Cut cut = cut_of(item, whole.fold_begins, max_cost);
-      const bool folds = whole.fold_begins && !is_for_warp(item);
-      const int64_t num_spans = spans_of(item, options_.span);
-      const int64_t first = folds ? 1 : cut.first_spans, later = num_spans - cut.first_spans;
-      const int64_t partials = cut.pieces == 1 && folds && !whole.is_shared ? 0 : first + later;
-      const int64_t of_token = cost_of_token(item), of_partial = cost_of_partial(item);
-      const auto piece = [&](int64_t spans, int64_t stored) {
-        return (spans * options_.span + kItemCost) * of_token + stored * of_partial;
-      };
-      largest = std::max(largest, piece(cut.first_spans, std::min(first, partials)));
-      if (cut.pieces > 1) {
-        const int64_t spans = divide_up(later, cut.pieces - 1);
-        largest = std::max(largest, piece(spans, spans));
-      }
-      spent += partials * of_partial * passes;
-      units += cut.pieces * passes;
+      const int64_t of_partial = cuts.cost_of_partial(item);
+      cuts.cut(item, whole.ends, max_cost, [&](const AttentionPiece& piece) {
+        const bool is_output = piece.num_parts == 1 && piece.end - piece.begin == cuts.num_spans(item) &&
+                               whole.ends.fold_begins && whole.ends.fold_ends;
+        const int64_t stored = is_output ? 0 : piece.num_parts;
+        items.push_back({cuts.cost(item, piece.end - piece.begin, stored), passes});
+        largest = std::max(largest, items.back().cost);
+        spent += stored * of_partial * passes;
+        units += passes;
+      });
     }
     // One unit for each worker at most: as long as the largest. Else whoever begins the last one, when half
-    // of it is left on average, is the last.
+    // of it is left on average, is the last; and if all are about as large as the largest, whoever has most.
+    Same large{largest, 0};
+    for (const Same& item : items) {
+      if (item.cost < largest - largest / 8) continue;
+      large = {std::min(large.cost, item.cost), large.count + item.count};
+    }
+    const int64_t rounds = divide_up(large.count * heads, workers) * large.cost;
     const int64_t share = spent * heads / workers;
-    choices[i] = {max_cost, units * heads <= workers ? largest : std::max(largest, share + largest / 2)};
+    choices[i] = {max_cost, units * heads <= workers ? largest : std::max(rounds, share + largest / 2)};
   }
   int64_t shortest = choices[0].time;
   for (const Choice& choice : choices) shortest = std::min(shortest, choice.time);
@@ -216,17 +203,9 @@ std::vector<int32_t> AttentionPlan::make_tiles(std::span<const int32_t> query_st
   return first_tile;
 }
 
-// Rows that an item of a shared node has at most. Few spans cannot be cut for all workers; then rows are.
-int64_t AttentionPlan::rows_of_shared_item(int64_t max_cost) const {
-  const int64_t group = options_.group_size;
-  const int64_t rows =
-      std::min(options_.rows_per_shared_item / group, max_cost / (options_.span + kItemCost) / group);
-  return std::max({rows, options_.rows_per_item / group, int64_t{1}});
-}
-
 // The items of a shared node: whole row tiles together, as many as fit.
 void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t end, int64_t max_cost) {
-  int64_t max_rows = rows_of_shared_item(max_cost);
+  int64_t max_rows = AttentionCuts(options_).rows_of_shared_item(max_cost);
   // `position` makes the first row see just all; the window of the last one must still reach back to the
   // first.
   if (options_.window > 0)
@@ -241,8 +220,7 @@ void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t e
       ++stop;
     }
     const auto first_item = static_cast<int32_t>(items_.size());
-    const bool fold_begins = node.kv_begin == 0;
-    add_pieces(whole, cut_of(whole, fold_begins, max_cost), fold_begins);
+    add_pieces(whole, node.kv_begin == 0, false, max_cost);
     for (auto item = first_item; item < static_cast<int32_t>(items_.size()); ++item) {
       items_[item].position = items_[item].kv_end - 1;
       for (int32_t tile = begin; tile < stop; ++tile) {
@@ -258,81 +236,77 @@ void AttentionPlan::add_shared(const PrefixGroup& node, int32_t begin, int32_t e
 
 // The items of a row tile's own, and the merge of all that have its rows.
 void AttentionPlan::add_tile(const RowTile& tile, int64_t max_cost) {
-  const Cut cut = cut_of(tile.whole, tile.first_link < 0, max_cost);
-  const bool folds = !is_for_warp(tile.whole) || spans_of(tile.whole, options_.span) == 1;
-  if (cut.pieces == 1 && folds && tile.first_link < 0) {
-    AttentionItem item = tile.whole;
-    item.slot = -1;
-    item.num_parts = 0;
-    items_.push_back(item);
+  const auto first_item = static_cast<int32_t>(items_.size());
+  const bool is_alone = tile.first_link < 0;
+  const int64_t first_slot = num_slots_;
+  add_pieces(tile.whole, is_alone, true, max_cost);
+  if (is_alone && items_.size() == static_cast<size_t>(first_item) + 1 && items_.back().num_parts == 1) {
+    items_.back().slot = -1;
+    items_.back().num_parts = 0;
+    num_slots_ = first_slot;
     return;
   }
-  const auto first_item = static_cast<int32_t>(items_.size());
-  add_pieces(tile.whole, cut, tile.first_link < 0);
   AttentionMerge merge{};
   merge.row_begin = tile.whole.row_begin;
   merge.num_rows = tile.whole.num_rows;
   merge.parts_begin = static_cast<int32_t>(parts_.size());
-  const auto take = [&](int32_t index) {
-    AttentionItem& item = items_[index];
-    if (item.num_merges++ == 0) item.merge_begin = static_cast<int32_t>(merges_.size());
-    const int32_t offset = merge.row_begin - item.row_begin;
-    for (int32_t p = 0; p < item.num_parts; ++p) parts_.push_back(item.slot + p * item.num_rows + offset);
-    ++merge.num_items;
-  };
-  for (int32_t link = tile.first_link; link >= 0; link = links_[link].next) take(links_[link].item);
-  for (auto item = first_item; item < static_cast<int32_t>(items_.size()); ++item) take(item);
+  for (int32_t link = tile.first_link; link >= 0; link = links_[link].next) take(links_[link].item, merge);
+  for (auto item = first_item; item < static_cast<int32_t>(items_.size()); ++item) take(item, merge);
   merge.parts_end = static_cast<int32_t>(parts_.size());
+  if (options_.fold_levels > 0) number_folds(merge);
   merges_.push_back(merge);
 }
 
-// How these rows and tokens are cut into items of at most max_cost, or one span. A first one that folds may
-// have more spans than the others, as it stores one partial.
-AttentionPlan::Cut AttentionPlan::cut_of(const AttentionItem& whole, bool fold_begins,
-                                         int64_t max_cost) const {
-  const int64_t num_spans = spans_of(whole, options_.span);
-  if (num_spans == 1 || cost(whole) <= max_cost) return {1, num_spans};
-  const int64_t of_token = cost_of_token(whole);
-  const bool folds = fold_begins && !is_for_warp(whole);
-  // A warp's items store their partials however they are cut.
-  const int64_t of_partial = is_for_warp(whole) ? 0 : cost_of_partial(whole);
-  const int64_t left = std::max<int64_t>(max_cost - kItemCost * of_token, 0);
-  const int64_t spans = std::clamp<int64_t>(left / (options_.span * of_token + of_partial), 1, num_spans);
-  if (!folds) {
-    const int64_t pieces = divide_up(num_spans, spans);
-    return {pieces, num_spans / pieces};
+// The parts of one item become some of a merge's.
+void AttentionPlan::take(int32_t index, AttentionMerge& merge) {
+  AttentionItem& item = items_[index];
+  if (item.num_merges++ == 0) item.merge_begin = static_cast<int32_t>(merges_.size());
+  const int32_t offset = merge.row_begin - item.row_begin;
+  const int64_t begin = item.kv_begin / options_.span, end = begin + AttentionCuts(options_).num_spans(item);
+  for (int32_t p = 0; p < item.num_parts; ++p) {
+    parts_.push_back(item.slot + p * item.num_rows + offset);
+    if (options_.fold_levels > 0) part_ends_.push_back(item.num_parts == 1 ? end : begin + p + 1);
   }
-  const int64_t first = std::max((left - of_partial) / (options_.span * of_token), spans);
-  if (first >= num_spans) return {1, num_spans};
-  return {1 + divide_up(num_spans - first, spans), first};
+  ++merge.num_items;
 }
 
-// Items that store partials. One with which the fold begins folds its spans itself, unless it is a warp's.
-// Those after it cannot (the fold starts at the left), and store one partial per span.
-void AttentionPlan::add_pieces(const AttentionItem& whole, const Cut& cut, bool fold_begins) {
+// Which parts of a merge fold with which, by where each ends: what waits is a complete left half of a node
+// for each level, below all groups before.
+void AttentionPlan::number_folds(const AttentionMerge& merge) {
+  std::array<int, kMaxFoldLevels + 1> waiting;  // levels of what waits, falling
+  int num_waiting = 0;
+  for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
+    const int64_t last_span = part_ends_[static_cast<size_t>(p - merge.parts_begin)] - 1;
+    int folds = 0, level = 0;
+    if (p + 1 == merge.parts_end) {
+      folds = num_waiting;
+    } else {
+      const auto waits = [&](int at) {
+        return num_waiting > folds && waiting[num_waiting - folds - 1] == at;
+      };
+      while (level < options_.fold_levels && (last_span >> level & 1) != 0) folds += waits(level++) ? 1 : 0;
+      if (level == options_.fold_levels) folds += waits(level) ? 1 : 0;
+    }
+    num_waiting -= folds;
+    waiting[num_waiting++] = level;
+    parts_[p] |= (folds + 1) << kPartSlotBits;
+  }
+  part_ends_.clear();
+}
+
+void AttentionPlan::add_pieces(const AttentionItem& whole, bool fold_begins, bool fold_ends,
+                               int64_t max_cost) {
   const int64_t span = options_.span;
-  const int64_t later_spans = spans_of(whole, span) - cut.first_spans;
-  const int64_t first_span = whole.kv_begin / span;
-  const auto begin_of = [&](int64_t piece) {
-    const int64_t spans =
-        piece == 0 ? 0 : cut.first_spans + later_spans * (piece - 1) / std::max<int64_t>(cut.pieces - 1, 1);
-    return static_cast<int32_t>((first_span + spans) * span);
-  };
-  for (int64_t i = 0; i < cut.pieces; ++i) {
+  AttentionCuts(options_).cut(whole, {fold_begins, fold_ends}, max_cost, [&](const AttentionPiece& piece) {
     AttentionItem item = whole;
-    if (i > 0) item.kv_begin = begin_of(i);
-    if (i + 1 < cut.pieces) item.kv_end = begin_of(i + 1);
-    const bool folds = i == 0 && fold_begins && !is_for_warp(item);
-    item.num_parts = folds ? 1 : static_cast<int32_t>(spans_of(item, span));
+    item.kv_begin = std::max(whole.kv_begin, static_cast<int32_t>(piece.begin * span));
+    item.kv_end = static_cast<int32_t>(std::min<int64_t>(whole.kv_end, piece.end * span));
+    item.num_parts = piece.num_parts;
     item.slot = static_cast<int32_t>(num_slots_);
     num_slots_ += int64_t{item.num_parts} * item.num_rows;
-    FS_CHECK(num_slots_ <= kMaxInt, "attention plan: " << num_slots_ << " partial results");
+    FS_CHECK(num_slots_ <= part_slot(-1), "attention plan: " << num_slots_ << " partial results");
     items_.push_back(item);
-  }
-}
-
-bool AttentionPlan::is_for_warp(const AttentionItem& item) const {
-  return int64_t{item.num_rows} * options_.group_size <= options_.rows_per_warp;
+  });
 }
 
 void AttentionPlan::sort() {
@@ -342,9 +316,10 @@ void AttentionPlan::sort() {
     uint32_t index;
     auto operator<=>(const Key&) const = default;
   };
+  const AttentionCuts cuts(options_);
   std::vector<Key> order(items_.size());
   for (size_t i = 0; i < items_.size(); ++i) {
-    order[i] = {is_for_warp(items_[i]), -cost(items_[i]), static_cast<uint32_t>(i)};
+    order[i] = {cuts.is_for_warp(items_[i]), -cuts.cost(items_[i]), static_cast<uint32_t>(i)};
   }
   std::sort(order.begin(), order.end());
   std::vector<AttentionItem> sorted;

@@ -9,15 +9,17 @@
 //
 // Same results for every plan: KV is cut into spans, whole multiples of `span` tokens counted from position
 // 0. The kernel computes the partial (maximum, sum, output) of each span from nothing and folds the partials
-// from left to right with one fixed arithmetic. So it makes no difference to a single bit whether one item
-// walks all spans of a row or several items share them; the plan is free to cut for balance. For the same
-// reason rows of several requests may share an item over the whole spans of KV that they have in common.
+// with one fixed arithmetic in one fixed order: 2^fold_levels spans in a binary tree over their numbers, and
+// these groups from left to right. So it makes no difference to a single bit whether one item walks all spans
+// of a row or several items share them; the plan is free to cut for balance. For the same reason rows of
+// several requests may share an item over the whole spans of KV that they have in common.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
+#include "layout/host_device.h"
 #include "plan/prefix_groups.h"
 
 namespace fs {
@@ -32,8 +34,8 @@ struct AttentionItem {
   int32_t request;    // row of the block table; where rows are of several requests, any of them
   int32_t slot;       // first workspace slot, or -1: no other item has these rows, write the output
   int32_t num_parts;  // 0: write the output; 1: the folded partial of all spans in [kv_begin, kv_end), legal
-                      // only where the fold of these rows begins; else one partial for each of the spans.
-                      // Part p of row i lies in slot + p * num_rows + i.
+                      // only for a node of a tree and where the fold of these rows begins; else one partial
+                      // for each of the spans. Part p of row i lies in slot + p * num_rows + i.
   int32_t merge_begin;  // merges [merge_begin, merge_begin + num_merges) read these partials; 0 and 0 if none
   int32_t num_merges;
 };
@@ -45,12 +47,25 @@ static_assert(sizeof(AttentionItem) == kItemFields * sizeof(int32_t));
 struct AttentionMerge {
   int32_t row_begin;
   int32_t num_rows;
-  int32_t parts_begin;  // parts[parts_begin, parts_end): slot of the first row's partials, in fold order; the
-  int32_t parts_end;    // partial of row i lies i slots further
+  int32_t parts_begin;  // parts[parts_begin, parts_end): slot of the first row's partials, in the order of
+  int32_t parts_end;    // their spans; the partial of row i lies i slots further
   int32_t num_items;    // items that store those partials: the last one to finish may do the merge
 };
 inline constexpr int kMergeFields = 5;
 static_assert(sizeof(AttentionMerge) == kMergeFields * sizeof(int32_t));
+
+// What becomes of a part in a merge: it folds with the latest results that wait, the latest one first,
+// and waits itself. In the upper bits of its entry in `parts`; an entry without any is a slot and folds with
+// all that wait, which is how everything folds from left to right.
+inline constexpr int kPartSlotBits = 28;
+FS_HOST_DEVICE constexpr int32_t part_slot(int32_t part) {
+  return part & ((1 << kPartSlotBits) - 1);
+}
+FS_HOST_DEVICE constexpr int part_folds(int32_t part, int num_waiting) {
+  return part >> kPartSlotBits == 0 ? num_waiting : (part >> kPartSlotBits) - 1;
+}
+
+inline constexpr int kMaxFoldLevels = 4;
 
 struct AttentionPlanOptions {
   int block_size = 0;    // tokens of a KV block
@@ -72,6 +87,11 @@ struct AttentionPlanOptions {
   // computes one on its own, after the warps of its block have done the others together, and cannot fold. 0:
   // no such difference.
   int rows_per_warp = 0;
+  // How partials fold: 2^fold_levels spans, from a multiple of as many on, in a binary tree, then these
+  // groups from left to right. An item that has a node of the tree to itself stores one partial of it; with
+  // 0, only one with which a row's fold begins stores fewer than one for each span. The kernel's own: at most
+  // kMaxFoldLevels.
+  int fold_levels = 0;
   int num_workers = 1;  // threads or multiprocessors that should have work at the same time
 };
 
@@ -110,25 +130,15 @@ class AttentionPlan {
     int32_t item;
     int32_t next;
   };
-  // Into `pieces`, of which the first has first_spans spans and the others alike.
-  struct Cut {
-    int64_t pieces;
-    int64_t first_spans;
-  };
-
   void check(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens) const;
   std::vector<int32_t> make_tiles(std::span<const int32_t> query_start, std::span<const int32_t> seq_lens,
                                   const std::vector<PrefixGroup>& shared);
   void add_shared(const PrefixGroup& node, int32_t begin, int32_t end, int64_t max_cost);
   void add_tile(const RowTile& tile, int64_t max_cost);
-  void add_pieces(const AttentionItem& whole, const Cut& cut, bool fold_begins);
-  Cut cut_of(const AttentionItem& whole, bool fold_begins, int64_t max_cost) const;
+  void take(int32_t index, AttentionMerge& merge);
+  void number_folds(const AttentionMerge& merge);
+  void add_pieces(const AttentionItem& whole, bool fold_begins, bool fold_ends, int64_t max_cost);
   int64_t choose_max_cost(std::span<const int32_t> query_start, const std::vector<PrefixGroup>& shared) const;
-  int64_t rows_of_shared_item(int64_t max_cost) const;
-  int64_t cost(const AttentionItem& item) const;
-  int64_t cost_of_token(const AttentionItem& item) const;
-  int64_t cost_of_partial(const AttentionItem& item) const;
-  bool is_for_warp(const AttentionItem& item) const;
   void sort();
 
   AttentionPlanOptions options_;
@@ -141,6 +151,7 @@ class AttentionPlan {
   int num_shared_items_ = 0;
   std::vector<RowTile> tiles_;  // while the plan is made
   std::vector<Link> links_;
+  std::vector<int64_t> part_ends_;  // of the merge at hand: spans
 };
 
 }  // namespace fs

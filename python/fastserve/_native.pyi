@@ -80,6 +80,7 @@ class AttentionPlan:
         rows_per_warp: int = ...,
         tokens_per_partial: int = ...,
         rows_per_token_read: int = ...,
+        fold_levels: int = ...,
         groups: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> None: ...
     @property
@@ -113,6 +114,7 @@ class StepArrays:
         rows_per_shared_item: int,
         rows_per_warp: int,
         rows_per_token_read: int,
+        fold_levels: int,
         max_decodes: int,
         fixed_shapes: bool,
     ) -> None: ...

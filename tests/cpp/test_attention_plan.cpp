@@ -61,6 +61,8 @@ Step random_step(uint32_t seed) {
   step.options.rows_per_shared_item = pick(random, 1, 200);
   step.options.tokens_per_partial = pick(random, 0, 4);
   step.options.rows_per_token_read = 1 << pick(random, 0, 7);
+  step.options.fold_levels = pick(random, 0, 3);
+  step.options.rows_per_warp = pick(random, 0, 1) == 0 ? 0 : 16;
   const int num_requests = pick(random, 0, 9);
   if (pick(random, 0, 3) > 0) {
     // Up to four levels: a range of requests shares some tokens, then parts in two.
@@ -189,16 +191,16 @@ TEST_P(RandomStep, StoresEachPartialOnceAndMergesInOrder) {
     for (int32_t i = 0; i < merge.num_rows; ++i) {
       ++outputs[merge.row_begin + i];
       for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
-        const int32_t slot = plan.parts()[static_cast<size_t>(p)] + i;
+        const int32_t slot = part_slot(plan.parts()[static_cast<size_t>(p)]) + i;
         ++merged[slot];
         const Part& part = written.at(slot);
         EXPECT_EQ(part.row, merge.row_begin + i);
         if (p == merge.parts_begin) continue;
-        // Every part but the first is one whole span, right after the part before it.
-        const Part& before = written.at(plan.parts()[static_cast<size_t>(p) - 1] + i);
+        // Every part but the first is at most a tree of whole spans, right after the part before it.
+        const Part& before = written.at(part_slot(plan.parts()[static_cast<size_t>(p) - 1]) + i);
         EXPECT_EQ(part.kv_begin, before.kv_end);
         EXPECT_EQ(part.kv_begin % span, 0);
-        EXPECT_LE(part.kv_end - part.kv_begin, span);
+        EXPECT_LE(part.kv_end - part.kv_begin, span << step.options.fold_levels);
       }
     }
   }
@@ -207,6 +209,63 @@ TEST_P(RandomStep, StoresEachPartialOnceAndMergesInOrder) {
   for (const auto& [slot, times] : merged) EXPECT_EQ(times, 1) << "slot " << slot;
   EXPECT_EQ(static_cast<int32_t>(outputs.size()), step.query_start.back());
   for (const auto& [row, times] : outputs) EXPECT_EQ(times, 1) << "row " << row;
+}
+
+// A result as a number that tells in which order what has been folded. Nothing is 0 and folds away.
+uint64_t fold(uint64_t a, uint64_t b) {
+  return a == 0 ? b : b == 0 ? a : a * 0x9e3779b97f4a7c15u + (b ^ b >> 29) * 0xc2b2ae3d27d4eb4fu + 1;
+}
+uint64_t node(int level, int64_t index, int64_t begin, int64_t end) {
+  if (level == 0) return begin <= index && index < end ? static_cast<uint64_t>(index) + 1 : 0;
+  return fold(node(level - 1, 2 * index, begin, end), node(level - 1, 2 * index + 1, begin, end));
+}
+// Spans [begin, end): each 2^levels in a tree, these from left to right.
+uint64_t result(int levels, int64_t begin, int64_t end) {
+  uint64_t folded = 0;
+  for (int64_t tree = begin >> levels; tree << levels < end; ++tree) {
+    folded = fold(folded, node(levels, tree, begin, end));
+  }
+  return folded;
+}
+
+TEST_P(RandomStep, FoldsTheSpansOfARowInOneOrder) {
+  const Step step = random_step(GetParam());
+  const AttentionPlan plan = step.plan();
+  const int levels = step.options.fold_levels;
+  const int32_t span = step.options.span;
+  struct Part {
+    int64_t begin, end;
+  };
+  std::map<int32_t, Part> parts;  // slot -> its spans
+  for (const AttentionItem& item : plan.items()) {
+    const int32_t begin = item.kv_begin / span, end = (item.kv_end + span - 1) / span;
+    for (int32_t p = 0; p < item.num_parts; ++p) {
+      for (int32_t i = 0; i < item.num_rows; ++i) {
+        parts[item.slot + p * item.num_rows + i] = {begin + p, item.num_parts == 1 ? end : begin + p + 1};
+      }
+    }
+  }
+  for (const AttentionMerge& merge : plan.merges()) {
+    for (int32_t i = 0; i < merge.num_rows; ++i) {
+      std::vector<uint64_t> waiting;
+      int64_t begin = 0, end = 0;
+      for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
+        const int32_t part = plan.parts()[static_cast<size_t>(p)];
+        const Part& spans = parts.at(part_slot(part) + i);
+        if (p == merge.parts_begin) begin = spans.begin;
+        end = spans.end;
+        uint64_t mine = result(levels, spans.begin, spans.end);
+        for (int left = part_folds(part, static_cast<int>(waiting.size())); left > 0; --left) {
+          ASSERT_FALSE(waiting.empty());
+          mine = fold(waiting.back(), mine);
+          waiting.pop_back();
+        }
+        waiting.push_back(mine);
+        ASSERT_LE(waiting.size(), static_cast<size_t>(levels) + 1);
+      }
+      EXPECT_EQ(waiting, std::vector<uint64_t>{result(levels, begin, end)});
+    }
+  }
 }
 
 TEST_P(RandomStep, MergesAreSortedAndKnowTheirItems) {
@@ -295,6 +354,7 @@ AttentionPlanOptions gpu_options(int group_size, int num_kv_heads, int num_worke
   options.rows_per_item = options.rows_per_shared_item = 128;
   options.rows_per_warp = 16;
   options.rows_per_token_read = 64;
+  options.fold_levels = 2;
   options.num_workers = num_workers;
   return options;
 }
@@ -304,12 +364,12 @@ TEST(AttentionPlan, StoresPartialsOnlyWhereThatSavesTime) {
     int num_rows, seq_len, num_requests, num_kv_heads, num_workers;
     int64_t most_partials;  // of a row
   };
-  for (const Case& c : {Case{128, 1152, 1, 2, 16, 3},    // 8 units for 16 workers: in two
-                        Case{128, 1152, 1, 8, 16, 0},    // enough for all
-                        Case{128, 1152, 1, 8, 216, 5},   // far too few: every span on its own
-                        Case{512, 8192, 1, 8, 216, 8},   // about as many units as workers
-                        Case{2048, 2048, 1, 8, 216, 1},  //
-                        Case{64, 4096, 16, 8, 216, 1}}) {
+  for (const Case& c : {Case{128, 1152, 1, 2, 16, 3},      // 8 units for 16 workers: in two
+                        Case{128, 1152, 1, 8, 16, 0},      // enough for all
+                        Case{128, 1152, 1, 8, 216, 5},     // far too few: every span on its own
+                        Case{512, 8192, 1, 8, 216, 8},     // about as many units as workers
+                        Case{2048, 2048, 1, 8, 216, 1},    //
+                        Case{64, 4096, 16, 8, 216, 3}}) {  // 256 units for 216: some would have two
     Step step;
     step.options = gpu_options(4, c.num_kv_heads, c.num_workers);
     for (int b = 0; b < c.num_requests; ++b) step.add(c.num_rows, c.seq_len);

@@ -16,17 +16,19 @@ from op_cases.paged_kv import cache_from, keys_and_values
 FORMATS = (torch.float16, torch.bfloat16)
 ROWS_PER_ITEM = 128
 ROWS_PER_WARP = 16
+FOLD_LEVELS = 2
 
 
 def parked_floats(dim: int) -> int:
     """What the kernel needs besides the plan's partials, on a device of 8 multiprocessors as the simulated one."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 8
-    return 2 * multiprocessors * 128 * 4 * 2 * (dim // 8 + 1)
+    return 2 * multiprocessors * (FOLD_LEVELS + 1) * 128 * 4 * 2 * (dim // 8 + 1)
 
 
 def replanned(query_start: list[int], seq_lens: list[int], shape: Shape, **options: Any) -> Arguments:
     """The arguments that follow from a plan for the CUDA kernel."""
-    rows = {"rows_per_item": ROWS_PER_ITEM, "rows_per_shared_item": ROWS_PER_ITEM, "rows_per_token_read": 64, **options}
+    rows = {"rows_per_item": ROWS_PER_ITEM, "rows_per_shared_item": ROWS_PER_ITEM, "rows_per_token_read": 64}
+    rows |= {"fold_levels": FOLD_LEVELS, **options}
     arguments = planned(query_start, seq_lens, shape, rows_per_warp=ROWS_PER_WARP, **rows)
     workspace = empty(len(arguments["workspace"]) + parked_floats(shape.dim))
     return {**arguments, "out": arguments["out"].to(shape.dtype), "workspace": workspace}

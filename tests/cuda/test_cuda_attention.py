@@ -19,8 +19,8 @@ from op_checks import bits
 DEVICES = find_devices()
 DEVICE = DEVICES[0]
 SEED = 11
-# Decodes and chunks of at most 16 and of more packed rows, over one and several spans.
-ROWS, LENGTHS = [1, 30, 1, 1, 1, 19, 2], [330, 360, 321, 257, 300, 279, 280]
+# Decodes and chunks of at most 16 and of more packed rows, over several spans: up to two trees of four and some more.
+ROWS, LENGTHS = [1, 30, 1, 1, 1, 19, 2], [330, 590, 321, 257, 300, 279, 280]
 TWO_LEVELS: Groups = [(0, 160, 0, 7), (160, 320, 0, 3), (160, 256, 3, 7)]
 SHAPES = [
     Shape(heads=6, kv_heads=2, dim=128, span=64, dtype=torch.float16),

@@ -84,6 +84,7 @@ def planned(
     rows_per_warp: int = 0,
     tokens_per_partial: int = 0,
     rows_per_token_read: int = 4,
+    fold_levels: int = 0,
 ) -> Arguments:
     """The arguments that follow from the plan, and outputs for it."""
     plan = AttentionPlan(
@@ -100,6 +101,7 @@ def planned(
         rows_per_warp=rows_per_warp,
         tokens_per_partial=tokens_per_partial,
         rows_per_token_read=rows_per_token_read,
+        fold_levels=fold_levels,
         groups=groups,
     )
     return {

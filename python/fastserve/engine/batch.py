@@ -129,6 +129,7 @@ class BatchBuilder:
             rows_per_shared_item=device.rows_per_shared_item,
             rows_per_warp=device.rows_per_warp,
             rows_per_token_read=device.rows_per_token_read,
+            fold_levels=device.attention_fold_levels,
             max_decodes=max_decodes if device.has_graphs else 0,
             fixed_shapes=device.graphs_fix_shapes,
         )

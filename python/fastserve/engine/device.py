@@ -33,6 +33,7 @@ class Device(Protocol):
     rows_per_shared_item: int  # the same for an item whose rows are of several requests
     rows_per_warp: int  # packed rows that the attention kernel gives to a warp of its own; 0: it has no warps
     rows_per_token_read: int  # packed rows that attention computes with a KV token while it is read
+    attention_fold_levels: int  # of the binary trees in which its spans fold
     has_graphs: bool  # `capture` works
     graphs_fix_shapes: bool  # a recording serves only steps whose arrays have the same shapes
 
@@ -127,6 +128,7 @@ class CpuDevice:
     rows_per_shared_item = 384
     rows_per_warp = 0
     rows_per_token_read = 4
+    attention_fold_levels = 0
     linear_counters = None
     has_graphs = True
     graphs_fix_shapes = False
@@ -238,6 +240,7 @@ class CudaDevice:
     rows_per_item = rows_per_shared_item = 128  # csrc/cuda/attention.cu: of a block
     rows_per_warp = 16
     rows_per_token_read = 64
+    attention_fold_levels = 2
     has_graphs = graphs_fix_shapes = True
     has_int4, has_int8, has_gated = True, True, False
     activation_bits: tuple[int, ...] = (16,)
@@ -267,8 +270,9 @@ class CudaDevice:
         self.stage_generation = 0
 
     def attention_workspace_floats(self, head_dim: int) -> int:
-        # csrc/cuda/attention.cu: a block of 128 threads parks 16-byte vectors, outputs of two tiles and their sums.
-        return self.attention_workers * 128 * 4 * 2 * (head_dim // 8 + 1)
+        # csrc/cuda/attention.cu: a block of 128 threads parks 16-byte vectors, outputs of two tiles and their sums, for
+        # each level and what comes before.
+        return self.attention_workers * (self.attention_fold_levels + 1) * 128 * 4 * 2 * (head_dim // 8 + 1)
 
     def weight_dtype(self, asked: str, checkpoint: torch.dtype) -> torch.dtype:
         if asked == "float32":
