@@ -213,13 +213,24 @@ class AsyncLLM:
             return not self._closing
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """One call for all streams of a loop: each call wakes the loop, which then keeps the interpreter for as long as
+        it works on what has come, while the next step waits."""
+        items: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], RequestOutput]]] = {}
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
             if output.finished:
                 del self._streams[output.request_id]
-            stream.deliver(output)
+            items.setdefault(stream.loop, []).append((stream.queue, output))
+        for loop, ready in items.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_put, ready)
+
+
+def _put(items: list[tuple[asyncio.Queue[Any], RequestOutput]]) -> None:
+    for queue, item in items:
+        queue.put_nowait(item)
 
 
 class _Stream:
