@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -73,42 +74,63 @@ def test_pages_stay_ahead_of_use_up_to_the_end_of_the_cache(asked: Asked) -> Non
     tensors = cache()
     pages = PagesAhead(tensors)
     wait_until(lambda: idle(pages))
-    with pages.step(AHEAD // 8):
+    with pages.step(AHEAD // 8, False):
         pass
     assert idle(pages)  # not for every block
-    with pages.step(AHEAD // 2):
+    with pages.step(AHEAD // 2, False):
         pass
     wait_until(lambda: idle(pages))
     reach = max(blocks_asked(asked, tensors[0]))
     assert AHEAD + AHEAD // 2 <= reach < NUM_BLOCKS - AHEAD // 2
-    with pages.step(NUM_BLOCKS - 1):
+    with pages.step(NUM_BLOCKS - 1, False):
         pass
     wait_until(lambda: idle(pages))
     assert max(blocks_asked(asked, tensors[1])) <= NUM_BLOCKS - 1
-    with pages.step(3):  # a block that comes back
+    with pages.step(3, False):  # a block that comes back
         pass
     assert idle(pages)
 
 
-def test_nothing_is_asked_for_while_a_step_runs(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_asked_for_beside_a_prompt_while_more_than_a_quarter_is_left(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
     pages = PagesAhead(cache())
-    with pages.step(0):
-        wait = pages._closed.wait
+    wait_until(lambda: idle(pages))
+    wait = pages._closed.wait
 
-        def count(seconds: float) -> bool:
-            waits.append(seconds)
-            return wait(0.001)
+    def count(seconds: float) -> bool:
+        waits.append(seconds)
+        return wait(0.001)
 
-        monkeypatch.setattr(pages._closed, "wait", count)
-        monkeypatch.setattr(pages_ahead, "REST_S", 0.0)
-        wait_until(lambda: len(waits) > 0 or idle(pages))  # one slice may have been on its way
-        before, turns = len(asked), len(waits)
-        wait_until(lambda: len(waits) > turns + 20 or idle(pages))
-        assert len(asked) == before
+    monkeypatch.setattr(pages._closed, "wait", count)
+    before = len(asked)
+    with pages.step(AHEAD // 2, has_prompt=True):
+        wait_until(lambda: len(waits) > 20 or idle(pages))
+        assert len(asked) <= before + 1  # one may be on its way before the step has begun
         assert not idle(pages)
     wait_until(lambda: idle(pages))
-    assert len(asked) > before
+    assert len(asked) > before + 1
+
+
+@pytest.mark.parametrize("has_prompt", [False, True])
+def test_an_engine_that_does_not_rest_has_pages_all_the_same(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, has_prompt: bool
+) -> None:
+    monkeypatch.setattr(pages_ahead, "PACE_S", 0.001)
+    pages = PagesAhead(cache())
+    wait_until(lambda: idle(pages))
+    used = AHEAD - 4
+    with pages.step(used - 1, has_prompt):
+        if has_prompt:
+            wait_until(lambda: pages._present >= used + AHEAD // 4)
+            before = len(asked)
+            time.sleep(0.02)
+            assert len(asked) <= before + 1
+            assert not idle(pages)
+        wait_until(lambda: idle(pages) or has_prompt)
+    wait_until(lambda: idle(pages))
+    assert pages._present >= used + AHEAD
 
 
 def test_a_system_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +145,7 @@ def test_a_system_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
     thread = pages._thread
     assert thread is not None
     thread.join(120)
-    with pages.step(NUM_BLOCKS - 1):
+    with pages.step(NUM_BLOCKS - 1, False):
         pass
     pages.close()
     assert len(calls) == 1
@@ -131,7 +153,7 @@ def test_a_system_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_closing_ends_the_thread_before_the_memory_goes(asked: Asked) -> None:
     pages = PagesAhead(cache())
-    with pages.step(0):  # it has not come far
+    with pages.step(0, False):  # it has not come far
         thread = pages._thread
         pages.close()
     assert thread is None or not thread.is_alive()
