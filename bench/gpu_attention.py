@@ -15,6 +15,7 @@ from gpu_w4a16 import measured_limits, median_seconds
 
 from fastserve import _native
 from fastserve._native import AttentionPlan
+from fastserve.engine.device import CudaDevice
 
 HEADS, KV_HEADS, WIDTH, BLOCK, SPAN = 32, 8, 128, 16, 512
 SCALE = WIDTH**-0.5
@@ -67,10 +68,11 @@ def our_call(work: Workload, inputs: Inputs) -> Callable[[], None]:
         rows_per_shared_item=128,
         rows_per_warp=16,
         rows_per_token_read=64,
-        fold_levels=2,
+        fold_levels=CudaDevice.attention_fold_levels,
     )
     there = [torch.from_numpy(part.copy()).cuda() for part in (plan.items, plan.merges, plan.parts)]
-    parked = num_blocks * 3 * 128 * 4 * 2 * (WIDTH // 8 + 1)  # csrc/cuda/attention_rows.cuh
+    levels = CudaDevice.attention_fold_levels + 1
+    parked = num_blocks * levels * 128 * 4 * 2 * (WIDTH // 8 + 1)  # csrc/cuda/attention_rows.cuh
     workspace = torch.empty(parked + plan.workspace_floats(HEADS, WIDTH), device="cuda")
     arguments: dict[str, Any] = dict(zip(("items", "merges", "parts"), there, strict=True))
     arguments |= {"out": torch.empty_like(inputs.q), "q": inputs.q, "kv_cache": inputs.cache}

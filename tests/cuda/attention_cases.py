@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastserve.engine.device import CudaDevice
 from op_cases import Arguments, BadCase, Expected, OpCase, empty, widen_rows
 from op_cases.attention import Groups, Shape, arguments_for, planned, reference
 from op_cases.paged_kv import cache_from, keys_and_values
@@ -16,7 +17,7 @@ from op_cases.paged_kv import cache_from, keys_and_values
 FORMATS = (torch.float16, torch.bfloat16)
 ROWS_PER_ITEM = 128
 ROWS_PER_WARP = 16
-FOLD_LEVELS = 2
+FOLD_LEVELS = CudaDevice.attention_fold_levels
 
 
 def parked_floats(dim: int) -> int:
