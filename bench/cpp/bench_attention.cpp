@@ -4,6 +4,7 @@
 // prefixes. Caches rotate over as many layers as exceed the processor's caches, so that decodes read memory.
 #include <cstring>
 
+#include "core/isa.h"
 #include "core/thread_pool.h"
 #include "floors.h"
 #include "ops/ops.h"
@@ -108,6 +109,7 @@ class Step {
     options.group_size = kHeads / kKvHeads;
     options.num_kv_heads = kKvHeads;
     options.num_workers = pool().num_threads();
+    options.rows_per_token_read = active_isa() == Isa::amxbf16 && setting_.dtype == DType::bf16 ? 48 : 4;
     const std::vector<int32_t> shareable(n, static_cast<int32_t>(shared_blocks_));
     return {query_start, seq_lens, options, find_prefix_groups(tables_, blocks_, shareable, kBlock).groups};
   }

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cpu/attention_amx.h"
+#include "cpu/attention_runs.h"
 #include "cpu/attention_tile.h"
 #include "cpu/attention_unit.h"
 #include "cpu/attention_widen.h"
@@ -35,6 +36,8 @@ template <class KV>
 class VectorSpans {
  public:
   static constexpr int kBlockRows = 96;
+  static constexpr int64_t kL2Bytes = 0;
+  static constexpr int64_t kRowsPerTokenRead = 4;
 
   VectorSpans(const Attention& op, const AttentionShape& shape)
       : op_(op), shape_(shape), cache_(op.kv_cache) {}
@@ -188,61 +191,21 @@ class VectorSpans {
 
 #endif
 
-// All units, head by head: a block that several items share stays in the cache meanwhile. Workers take runs
-// of consecutive units, each an eighth of a worker's share of the work at most, or one unit: a worker that
-// knows what it does next asks for that memory in time.
-class UnitRuns {
- public:
-  UnitRuns(const Attention& op, const AttentionShape& shape)
-      : items_(op.items.ptr<const AttentionItem>()),
-        num_items_(op.items.shape[0]),
-        num_units_(op.items.shape[0] * shape.num_kv_heads) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < num_items_; ++i) total += cost(items_[i]);
-    const int64_t max_cost = total * shape.num_kv_heads / (8 * int64_t{pool().num_threads()});
-    int64_t run_cost = 0;
-    for (int64_t unit = 0; unit < num_units_; ++unit) {
-      const int64_t of_unit = cost(items_[unit % num_items_]);
-      if (unit == 0 || (run_cost + of_unit > max_cost && count_ < kMaxRuns)) {
-        begin_[count_++] = static_cast<int32_t>(unit);
-        run_cost = 0;
-      }
-      run_cost += of_unit;
-    }
-  }
-
-  int64_t count() const { return count_; }
-  int64_t begin(int64_t run) const { return begin_[run]; }
-  int64_t end(int64_t run) const { return run + 1 < count_ ? begin_[run + 1] : num_units_; }
-
- private:
-  // Two neighbours together are more than max_cost, so that up to 128 workers find all the runs they can use.
-  static constexpr int64_t kMaxRuns = 2048;
-
-  static int64_t cost(const AttentionItem& item) {
-    return (int64_t{item.kv_end} - item.kv_begin + 64) * (item.num_rows < 4 ? 4 : item.num_rows);
-  }
-
-  const AttentionItem* items_;
-  int64_t num_items_, num_units_;
-  int64_t count_ = 0;
-  int32_t begin_[kMaxRuns];
-};
-
 template <class Spans>
 void run_items(const Attention& op, const AttentionShape& shape) {
-  const int64_t num_items = op.items.shape[0];
-  const auto* items = op.items.ptr<const AttentionItem>();
-  const UnitRuns runs(op, shape);
-  parallel_rows(runs.count(), 1, [&](int64_t run, int64_t, int) {
+  UnitRuns runs(op, shape, Spans::kRowsPerTokenRead);
+  pool().parallel_for(pool().num_threads(), [&](int64_t, int) {
+    WorkerUnits units(runs);
     Unit<Spans> unit(op, shape);
-    for (int64_t u = runs.begin(run); u < runs.end(run); ++u) {
-      const PackedRows rows{op, shape, items[u % num_items], u / num_items};
-      if (u + 1 == runs.end(run)) {
-        unit.run(rows, nullptr);
-      } else {
-        const PackedRows following{op, shape, items[(u + 1) % num_items], (u + 1) / num_items};
+    int64_t now, then;
+    for (bool has = units.next(&now); has; now = then) {
+      const PackedRows rows = runs.rows(now);
+      has = units.next(&then);
+      if (has) {
+        const PackedRows following = runs.rows(then);
         unit.run(rows, &following);
+      } else {
+        unit.run(rows, nullptr);
       }
     }
   });
@@ -272,8 +235,8 @@ void attention(const Attention& op, [[maybe_unused]] const OpContext& context) {
   }
 #endif
   const auto* merges = op.merges.ptr<const AttentionMerge>();
-  parallel_rows(op.merges.shape[0] * shape.num_kv_heads, 1, [&](int64_t unit, int64_t, int) {
-    merge_rows(op, shape, merges[unit / shape.num_kv_heads], unit % shape.num_kv_heads);
+  parallel_rows(op.merges.shape[0], 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) merge_rows(op, shape, merges[i]);
   });
 }
 

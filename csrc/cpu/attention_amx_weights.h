@@ -86,19 +86,24 @@ struct ScoreRows {
   // max[i], and -inf if it sees none. Calls between() for each step of each row.
   template <class F>
   void weigh(int64_t num_rows, const TokenRange* visible, int64_t at, float* max, const F& between) const {
-    constexpr int kRows = 4;  // together: one row's maximum is found while another is weighed
+    // Up to four together: one row's maximum is found while another is weighed.
     for (int64_t i = 0; i < num_rows;) {
-      bool all = i + kRows <= num_rows;
-      for (int64_t r = i; all && r < i + kRows; ++r) {
-        all = visible[r].begin <= at + first * kAmxDepth && visible[r].end >= at + end * kAmxDepth;
+      const int64_t rows = num_rows - i < 4 ? num_rows - i : 4;
+      bool all = true;
+      for (int64_t r = i; r < i + rows; ++r) {
+        all = all && visible[r].begin <= at + first * kAmxDepth && visible[r].end >= at + end * kAmxDepth;
       }
-      if (all) {
-        weigh_rows<kRows, true>(i, visible, at, max, between);
-        i += kRows;
+      if (rows == 4) {
+        all ? weigh_rows<4, true>(i, visible, at, max, between)
+            : weigh_rows<4, false>(i, visible, at, max, between);
+      } else if (rows == 3) {
+        weigh_rows<3, false>(i, visible, at, max, between);
+      } else if (rows == 2) {
+        weigh_rows<2, false>(i, visible, at, max, between);
       } else {
         weigh_rows<1, false>(i, visible, at, max, between);
-        i += 1;
       }
+      i += rows;
     }
   }
 

@@ -43,9 +43,9 @@ inline void fold(const Partial& a, const Partial& b, float of_a, float of_b, int
   *a.sum = *a.sum * of_a + *b.sum * of_b;
 }
 
-// to(r) = to(r) + from.row(r) of n rows, where from's tokens come after to's.
-template <class To>
-void fold_rows(int64_t n, const To& to, const Partials& from, int64_t dim) {
+// to(r) = to(r) + from(r) of n rows, where from's tokens come after to's.
+template <class To, class From>
+void fold_rows(int64_t n, const To& to, const From& from, int64_t dim) {
   for (int64_t r = 0; r < n; r += kLanes) {
     const int count = static_cast<int>(n - r < kLanes ? n - r : kLanes);
     float highest[kLanes];
@@ -53,7 +53,7 @@ void fold_rows(int64_t n, const To& to, const Partials& from, int64_t dim) {
     float of_b[kLanes] = {};
     for (int i = 0; i < count; ++i) {
       const float max_a = *to(r + i).max;
-      const float max_b = from.max[r + i];
+      const float max_b = *from(r + i).max;
       highest[i] = max_a > max_b ? max_a : max_b;
       of_a[i] = max_a - highest[i];
       of_b[i] = max_b - highest[i];
@@ -62,7 +62,7 @@ void fold_rows(int64_t n, const To& to, const Partials& from, int64_t dim) {
     store(of_b, exp2(load(of_b)));
     for (int i = 0; i < count; ++i) {
       const Partial a = to(r + i);
-      const Partial b = from.row(r + i);
+      const Partial b = from(r + i);
       if (*b.sum == 0.0f) continue;
       if (*a.sum == 0.0f) {
         std::memcpy(a.out, b.out, static_cast<size_t>(dim) * sizeof(float));
@@ -74,6 +74,11 @@ void fold_rows(int64_t n, const To& to, const Partials& from, int64_t dim) {
       *a.max = highest[i];
     }
   }
+}
+
+template <class To>
+void fold_rows(int64_t n, const To& to, const Partials& from, int64_t dim) {
+  fold_rows(n, to, [&](int64_t r) { return from.row(r); }, dim);
 }
 
 inline void write_output(float* out, const Partial& from, int64_t dim) {

@@ -3,13 +3,15 @@
 // A unit of attention's work: one item for one KV head. Its packed rows go over the spans of its KV tokens;
 // what a span yields is written, folded or stored as the plan says. Spans themselves are computed by `Spans`:
 //
-//   static constexpr int kBlockRows                         rows that walk the KV tokens together
+//   static constexpr int kBlockRows     rows that walk the KV tokens together
+//   static constexpr int64_t kL2Bytes   KV of one head that stays in L2 for the rows after them
+//   static constexpr int64_t kRowsPerTokenRead   packed rows computed with a token while it is read
 //   Spans(const Attention&, const AttentionShape&)
 //   void begin(const PackedRows& rows, const PackedRows* following, int64_t first, int64_t count)
-//                                                           the next rows are [first, first + count) of
-//                                                           `rows`; the worker's next unit, if known, is
-//                                                           `following`
-//   void attend_span(int64_t span_begin, const Partials& to)  their partials over one span, from nothing
+//                                       the next rows are [first, first + count) of `rows`; the worker's
+//                                       next unit, if known, is `following`
+//   void attend_span(int64_t span_begin, const Partials& to)
+//                                       their partials over one span, from nothing
 #pragma once
 
 #include <cstdint>
@@ -64,6 +66,10 @@ struct PackedRows {
     const int64_t begin = op.window == 0 ? 0 : position - op.window + 1;
     return overlap({begin, position + 1}, {item.kv_begin, item.kv_end});
   }
+  int64_t kv_bytes() const {
+    const int64_t element = op.kv_cache.dtype == DType::f32 ? 4 : 2;
+    return (int64_t{item.kv_end} - item.kv_begin) * 2 * shape.head_dim * element;
+  }
   const int32_t* block_table() const {
     return op.block_tables.ptr<const int32_t>() + item.request * op.block_tables.shape[1];
   }
@@ -87,13 +93,14 @@ class Unit {
   void run(const PackedRows& rows, const PackedRows* following) {
     const int64_t num_packed = rows.count();
     constexpr int64_t kStep = Spans::kBlockRows;
-    // Many rows over the same tokens, such as those of a shared prefix, go span by span: its K and V come
-    // from memory once and stay in L2 for all of them.
+    // Many rows over the same tokens, such as those of a shared prefix, go span by span if there are more
+    // than stay in L2: K and V come from memory once.
     const AttentionItem& item = rows.item;
     const int64_t span = rows.op.span;
     const int64_t first_span = item.kv_begin / span;
     const int64_t end_span = (item.kv_end + span - 1) / span;
-    const int64_t spans = num_packed > kStep && item.num_parts > 0 ? 1 : end_span - first_span;
+    const bool stays = num_packed <= kStep || item.num_parts == 0 || rows.kv_bytes() <= Spans::kL2Bytes;
+    const int64_t spans = stays ? end_span - first_span : 1;
     for (int64_t s = first_span; s < end_span; s += spans) {
       for (int64_t row = 0; row < num_packed; row += kStep) {
         run_rows(rows, following, row, num_packed - row < kStep ? num_packed - row : kStep, s, s + spans);
@@ -153,24 +160,33 @@ class Unit {
   PartialsMemory<Spans::kBlockRows> memory_[2];
 };
 
-// The rows of one merge, for the query heads of one KV head.
-inline void merge_rows(const Attention& op, const AttentionShape& shape, const AttentionMerge& merge,
-                       int64_t kv_head) {
+// The rows of one merge.
+inline void merge_rows(const Attention& op, const AttentionShape& shape, const AttentionMerge& merge) {
+  constexpr int64_t kHeads = kLanes;  // together
   const int64_t dim = shape.head_dim;
   const int32_t* parts = op.parts.ptr<const int32_t>();
+  alignas(64) float buffer[kHeads * kMaxHeadDim];
   for (int64_t row = 0; row < merge.num_rows; ++row) {
-    for (int64_t head = kv_head * shape.group; head < (kv_head + 1) * shape.group; ++head) {
-      alignas(64) float buffer[kMaxHeadDim];
-      float max = 0.0f;
-      float sum = 0.0f;
-      const Partial folded{buffer, &max, &sum};
-      std::memset(buffer, 0, sizeof(buffer));
+    float* out = op.out.ptr<float>() + (merge.row_begin + row) * op.out.stride[0];
+    for (int64_t head = 0; head < shape.num_heads; head += kHeads) {
+      const int64_t count = shape.num_heads - head < kHeads ? shape.num_heads - head : kHeads;
+      float max[kHeads] = {};
+      float sum[kHeads] = {};
+      const Partials folded{buffer, shape.stride, max, sum};
       for (int32_t p = merge.parts_begin; p < merge.parts_end; ++p) {
         float* part = op.workspace.ptr<float>() + (parts[p] + row) * shape.slot_size + head * (dim + 2);
-        fold_rows(1, [&](int64_t) { return folded; }, {part, dim, part + dim, part + dim + 1}, dim);
+        fold_rows(
+            count, [&](int64_t r) { return folded.row(r); },
+            [&](int64_t r) {
+              float* at = part + r * (dim + 2);
+              return Partial{at, at + dim, at + dim + 1};
+            },
+            dim);
       }
-      write_output(op.out.ptr<float>() + (merge.row_begin + row) * op.out.stride[0] + head * dim, folded,
-                   dim);
+      for (int64_t r = 0; r < count; ++r) {
+        if (sum[r] == 0.0f) std::memset(folded.row(r).out, 0, static_cast<size_t>(dim) * sizeof(float));
+        write_output(out + (head + r) * dim, folded.row(r), dim);
+      }
     }
   }
 }

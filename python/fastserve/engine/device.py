@@ -127,7 +127,6 @@ class CpuDevice:
     rows_per_item = 96
     rows_per_shared_item = 384
     rows_per_warp = 0
-    rows_per_token_read = 4
     attention_fold_levels = 0
     linear_counters = None
     has_graphs = True
@@ -138,6 +137,7 @@ class CpuDevice:
     def __init__(self, num_threads: int | None) -> None:
         _native.set_num_threads(num_threads or _native.num_physical_cores())
         torch.set_num_threads(1)  # inside a step the native pool has the cores
+        self.rows_per_token_read = 48 if _native.isa().startswith("amx") else 4
         self.ops = _native.ops
         self._memory = HugePages()
         self._staging = torch.empty(0, dtype=torch.int32)
