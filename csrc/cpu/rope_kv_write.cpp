@@ -50,27 +50,50 @@ void rotate_head(float* out, const float* x, const float* cos_sin, int64_t dim) 
   }
 }
 
-// One token of one KV head, `offset` tokens into its block. Only its own bytes are written: another thread
-// may write the other token of a pair.
-void write_head(const KvCache<float>& cache, int64_t block, int64_t offset, int64_t head, const float* key,
-                const float* value) {
+// Keys and values of one KV head for `count` tokens, the first one `offset` tokens into its block: keys in
+// rows of kMaxHeadDim, values in rows of `stride`. What lies in one line of memory is written together: a
+// line of keys has several tokens. Only the bytes of these tokens are written: another thread may write the
+// other token of a pair.
+void write_head(const KvCache<float>& cache, int64_t block, int64_t offset, int64_t head, int64_t count,
+                const float* keys, const float* values, int64_t stride) {
   const int64_t dim = cache.head_dim;
-  float* keys = cache.keys(block, head) + key_index<float>(offset, 0, cache.block_size);
-  for (int64_t d = 0; d < dim; ++d) keys[d * cache.block_size] = key[d];
-  std::memcpy(cache.values(block, head) + value_index<float>(offset, 0, dim), value,
-              static_cast<size_t>(dim) * sizeof(float));
+  float* to = cache.keys(block, head) + key_index<float>(offset, 0, cache.block_size);
+  for (int64_t d = 0; d < dim; ++d, to += cache.block_size) {
+    for (int64_t i = 0; i < count; ++i) to[i] = keys[i * kMaxHeadDim + d];
+  }
+  to = cache.values(block, head) + value_index<float>(offset, 0, dim);
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(to + i * dim, values + i * stride, static_cast<size_t>(dim) * sizeof(float));
+  }
 }
-void write_head(const KvCache<bf16>& cache, int64_t block, int64_t offset, int64_t head, const float* key,
-                const float* value) {
+void write_head(const KvCache<bf16>& cache, int64_t block, int64_t offset, int64_t head, int64_t count,
+                const float* keys, const float* values, int64_t stride) {
   const int64_t dim = cache.head_dim;
-  alignas(64) bf16 rounded[kMaxHeadDim];
-  for (int64_t d = 0; d < dim; ++d) rounded[d] = to_bf16(key[d]);
-  bf16* keys = cache.keys(block, head) + key_index<bf16>(offset, 0, cache.block_size);
+  alignas(64) bf16 rounded[kTokensPerChunk * kMaxHeadDim];
+  for (int64_t i = 0; i < count * kMaxHeadDim; i += kMaxHeadDim) {
+    for (int64_t d = 0; d < dim; ++d) rounded[i + d] = to_bf16(keys[i + d]);
+  }
+  bf16* to = cache.keys(block, head) + key_index<bf16>(offset, 0, cache.block_size);
   const int64_t line = key_index<bf16>(0, 2, cache.block_size);
-  for (int64_t d = 0; d < dim; d += 2, keys += line) std::memcpy(keys, rounded + d, 2 * sizeof(bf16));
-  for (int64_t d = 0; d < dim; ++d) rounded[d] = to_bf16(value[d]);
-  bf16* values = cache.values(block, head) + value_index<bf16>(offset, 0, dim);
-  for (int64_t d = 0; d < dim; ++d) values[2 * d] = rounded[d];
+  for (int64_t d = 0; d < dim; d += 2, to += line) {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(to + 2 * i, rounded + i * kMaxHeadDim + d, 2 * sizeof(bf16));
+    }
+  }
+  for (int64_t i = 0; i < count;) {
+    to = cache.values(block, head) + value_index<bf16>(offset + i, 0, dim);
+    const float* from = values + i * stride;
+    if ((offset + i) % 2 == 0 && i + 1 < count) {
+      for (int64_t d = 0; d < dim; ++d) {
+        to[2 * d] = to_bf16(from[d]);
+        to[2 * d + 1] = to_bf16(from[stride + d]);
+      }
+      i += 2;
+    } else {
+      for (int64_t d = 0; d < dim; ++d) to[2 * d] = to_bf16(from[d]);
+      i += 1;
+    }
+  }
 }
 
 void check(const RopeKvWrite& op) {
@@ -99,30 +122,49 @@ const float* norm_weight(const Tensor& weight, float* buffer) {
   return buffer;
 }
 
+// How many of the next tokens, up to `most`, go to one block, one behind the other.
+int64_t tokens_in_line(const int32_t* slots, int64_t most, int64_t block_size) {
+  int64_t count = 1;
+  while (count < most && slots[count] == slots[0] + count && slots[count] % block_size != 0) ++count;
+  return count;
+}
+
 template <class KV>
 void rotate_and_write(const RopeKvWrite& op, const float* q_norm, const float* k_norm) {
   const int64_t dim = op.q.shape[2];
   const KvCache<KV> cache(op.kv_cache);
+  const auto* slots = op.slot_mapping.ptr<const int32_t>();
+  const auto cos_sin = [&](int64_t token) {
+    return op.cos_sin.ptr<const float>() + op.positions.ptr<const int32_t>()[token] * dim;
+  };
   parallel_rows(op.q.shape[0], kTokensPerChunk, [&](int64_t begin, int64_t end, int) {
-    float head_row[kMaxHeadDim];
     for (int64_t t = begin; t < end; ++t) {
-      const float* cos_sin = op.cos_sin.ptr<const float>() + op.positions.ptr<const int32_t>()[t] * dim;
       for (int64_t head = 0; head < op.q.shape[1]; ++head) {
         float* q = op.q.ptr<float>() + t * op.q.stride[0] + head * dim;
         if (q_norm != nullptr) norm_head(q, q, q_norm, dim, op.eps);
-        rotate_head(q, q, cos_sin, dim);
+        rotate_head(q, q, cos_sin(t), dim);
       }
-      const int64_t slot = op.slot_mapping.ptr<const int32_t>()[t];
-      if (slot < 0) continue;  // padding: nothing to keep
-      const int64_t block = slot / cache.block_size;
-      const int64_t offset = slot % cache.block_size;
+    }
+    alignas(64) float keys[kTokensPerChunk * kMaxHeadDim];
+    for (int64_t t = begin; t < end;) {
+      if (slots[t] < 0) {  // padding: nothing to keep
+        t += 1;
+        continue;
+      }
+      const int64_t block = slots[t] / cache.block_size;
+      const int64_t offset = slots[t] % cache.block_size;
+      const int64_t count = tokens_in_line(slots + t, end - t, cache.block_size);
       for (int64_t head = 0; head < cache.num_heads; ++head) {
-        const float* k = op.k.ptr<const float>() + t * op.k.stride[0] + head * dim;
-        const float* v = op.v.ptr<const float>() + t * op.v.stride[0] + head * dim;
-        if (k_norm != nullptr) norm_head(head_row, k, k_norm, dim, op.eps);
-        rotate_head(head_row, k_norm != nullptr ? head_row : k, cos_sin, dim);
-        write_head(cache, block, offset, head, head_row, v);
+        for (int64_t i = 0; i < count; ++i) {
+          const float* k = op.k.ptr<const float>() + (t + i) * op.k.stride[0] + head * dim;
+          float* key = keys + i * kMaxHeadDim;
+          if (k_norm != nullptr) norm_head(key, k, k_norm, dim, op.eps);
+          rotate_head(key, k_norm != nullptr ? key : k, cos_sin(t + i), dim);
+        }
+        const float* values = op.v.ptr<const float>() + t * op.v.stride[0] + head * dim;
+        write_head(cache, block, offset, head, count, keys, values, op.v.stride[0]);
       }
+      t += count;
     }
   });
 }
