@@ -117,8 +117,8 @@ class IntegerRange {
         TileSums& sums = sums_[index - tiles.begin];
         tile_.configure(tile.count, kDepth);
         with_count(tile.count, [&](auto count) {
-          multiply<count.value>(sums, tile, tile.x, 0, blocks);
-          multiply<count.value>(sums, tile, x_.tile(index + 1 < tiles.end ? index + 1 : index).x, 1, blocks);
+          multiply<count.value>(sums, tile, 0, blocks);
+          multiply<count.value>(sums, tile, 1, blocks);
         });
         if (blocks.end == num_blocks) output_.write(sums, panel, index * kTileRows, 0, tile.count);
       }
@@ -163,12 +163,9 @@ class IntegerRange {
     p_ += kBlockBytes;
   }
 
-  // Adds the products of the chunk's blocks, of 16 of the panel's rows and the tile's tokens. next:
-  // activations that are needed after them, to be fetched from L2.
+  // Adds the products of the chunk's blocks, of 16 of the panel's rows and the tile's tokens.
   template <int kCount>
-  [[gnu::noinline]] void multiply(TileSums& kept, const Tile& tile, const int8_t* next, int half,
-                                  Span blocks) {
-    next += blocks.begin * tile.count * IntegerTokens<kPlanes>::kBytes;
+  [[gnu::noinline]] void multiply(TileSums& kept, const Tile& tile, int half, Span blocks) {
     vf sums[kCount];
     each<kCount>([&](auto t) FS_INLINE {
       sums[t.value] = blocks.begin == 0 ? zero() : load(kept.value[half][t.value]);
@@ -179,9 +176,6 @@ class IntegerRange {
     for (int64_t i = 0; i < count; ++i) {
       if (i + 1 < count) product(products[(i + 1) & 1], tile, half, blocks.begin + i + 1, i + 1);
       const IntegerSums(&now)[2] = products[i & 1];
-      each<kCount * IntegerTokens<kPlanes>::kBytes / 64>(
-          [&](auto line) FS_INLINE { __builtin_prefetch(next + line.value * 64, 0, 3); });
-      next += tile.count * IntegerTokens<kPlanes>::kBytes;
       const int64_t first = tile.first + (blocks.begin + i) * kTileRows;
       const vf scale = load(scales_.scales[i] + 16 * half);
       vf offset = zero();
