@@ -6,9 +6,9 @@
 //
 // Groups of 32 inputs have scales of their own, so every product of 32 inputs leaves the tile and is scaled
 // in vector registers, which hold the sums of 16 tokens and 16 rows over a chunk of blocks. Per product of 16
-// x 16 x 32 the tile unit takes 29 cycles (its store included) and the vector units 25, or 33 with minimums
-// or zero points. Together they take 77 from L1 and 110 in a whole kernel: they do not overlap, whatever the
-// distance between a product and its scaling. Asking for the next tile's activations changed nothing.
+// x 16 x 32 tile loads and product take 17 cycles, which vector instructions hide; the tile's store takes 15,
+// which they do not; scaling takes 48, or 60 with minimums or zero points, since fma, multiplication and
+// conversion have one port where tiles are in use. docs/w4a16.md has what follows from that.
 //
 // Activations of 12 bits are q = 16 upper + lower, two bytes. 64 inputs of a tile are then 32 lower bytes
 // beside codes and 32 upper ones beside 16 times the codes, at the price of 32 inputs. Codes of 8 bits have
