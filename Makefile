@@ -138,7 +138,7 @@ endef
 comma := ,
 # sanitized FOLDER, SANITIZERS, TARGET
 define sanitized
-($(CMAKE) -G Ninja -S . -B build/$(1) -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DFASTSERVE_SANITIZE=$(2) \
+($(CMAKE) -G Ninja -S . -B build/$(1) -DFASTSERVE_SANITIZE=$(2) \
   -DFASTSERVE_BUILD_MODULE=OFF -DFASTSERVE_BUILD_TESTS=ON && \
   $(CMAKE) --build build/$(1) -j $(JOBS) --target $(3)) > build/$(1).log || (cat build/$(1).log; exit 1)
 endef
