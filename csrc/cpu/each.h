@@ -25,4 +25,16 @@ template <int N, class F>
 }
 #define FS_INLINE __attribute__((always_inline))
 
+// f(0), f(1), ... f(N - 1), written out where that makes kernels faster. Not where instructions are emulated,
+// each in tens of others: compilers take minutes over that.
+template <int N, class F>
+[[gnu::always_inline]] inline void repeat(const F& f) {
+#if defined(FS_SIMD_EMULATED)
+#pragma GCC unroll 1
+  for (int i = 0; i < N; ++i) f(i);
+#else
+  each<N>([&](auto i) FS_INLINE { f(i.value); });
+#endif
+}
+
 }  // namespace fs::FS_ISA

@@ -108,12 +108,11 @@ void block_tile(const QuantizedProduct<typename Products::Input>& op, int64_t pa
         });
       });
       const uint8_t* lines = p + (Products::kHalves == 1 ? first / 16 * 64 : 0) + first % 16 * 4;
-      each<kBlock / 4>([&](auto t) FS_INLINE {
+      repeat<kBlock / 4>([&](int t) FS_INLINE {
         each<Products::kLineBytes / 64>([&](auto i) FS_INLINE {
-          __builtin_prefetch(p + kAhead + t.value * Products::kLineBytes + i.value * 64, 0, 3);
+          __builtin_prefetch(p + kAhead + t * Products::kLineBytes + i.value * 64, 0, 3);
         });
-        Products::template add_line<V, M>(products, lines + t.value * Products::kLineBytes, x + 4 * t.value,
-                                          x_stride);
+        Products::template add_line<V, M>(products, lines + t * Products::kLineBytes, x + 4 * t, x_stride);
       });
       p += panels.block_bytes();
       x += kBlock * Products::kPlanes;

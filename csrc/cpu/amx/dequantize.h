@@ -115,10 +115,10 @@ template <int kBits>
   constexpr int kLineBytes = kBits == 4 ? 64 : 128;
   const RowScales rows[2] = {row_scales<kBits>(header, 0, has_offsets, zero_points),
                              row_scales<kBits>(header, 16, has_offsets, zero_points)};
-  each<kBlock / 4>([&](auto t) FS_INLINE {
+  repeat<kBlock / 4>([&](int t) FS_INLINE {
     dequantize_line<kBits>(
-        lines + t.value * kLineBytes, rows, [&](auto half, auto pair, vf even, vf odd) FS_INLINE {
-          store_pairs(to + (2 * t.value + pair.value) * 2 * kPanelRows + half.value * kPanelRows, even, odd);
+        lines + t * kLineBytes, rows, [&](auto half, auto pair, vf even, vf odd) FS_INLINE {
+          store_pairs(to + (2 * t + pair.value) * 2 * kPanelRows + half.value * kPanelRows, even, odd);
         });
   });
 }

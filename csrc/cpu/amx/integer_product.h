@@ -62,18 +62,18 @@ template <int kPlanes, bool kSigned>
                                                 const uint8_t* lines) {
   const __m512i low = _mm512_set1_epi8(0x0f), high = _mm512_set1_epi8(static_cast<char>(0xf0));
   const __m512i zero = _mm512_set1_epi8(8), top = _mm512_set1_epi8(static_cast<char>(0x80));
-  each<kBlock / 4>([&](auto t) FS_INLINE {
-    const __m512i line = _mm512_loadu_si512(lines + t.value * 64);
+  repeat<kBlock / 4>([&](int t) FS_INLINE {
+    const __m512i line = _mm512_loadu_si512(lines + t * 64);
     const __m512i down = _mm512_srli_epi16(line, 4);
     each<2>([&](auto half) FS_INLINE {
       const __m512i codes = _mm512_and_si512(half.value == 0 ? line : down, low);
-      _mm512_store_si512(to[half.value] + t.value * 64, kSigned ? _mm512_sub_epi8(codes, zero) : codes);
+      _mm512_store_si512(to[half.value] + t * 64, kSigned ? _mm512_sub_epi8(codes, zero) : codes);
       if constexpr (kPlanes == 2) {
         const __m512i up = half.value == 0 ? _mm512_slli_epi16(line, 4) : line;
         const __m512i sixteenfold = kSigned
                                         ? _mm512_ternarylogic_epi32(up, high, top, 0x6a)  // (up & high) ^ top
                                         : _mm512_and_si512(up, high);
-        _mm512_store_si512(to[half.value] + (kBlock / 4 + t.value) * 64, sixteenfold);
+        _mm512_store_si512(to[half.value] + (kBlock / 4 + t) * 64, sixteenfold);
       }
     });
   });

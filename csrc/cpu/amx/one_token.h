@@ -62,11 +62,11 @@ template <int kBits>
     const int64_t end = block + panels.blocks_per_group();
     for (; block < end && block < panels.num_blocks(); ++block) {
       vf even[2] = {zero(), zero()}, odd[2] = {zero(), zero()};
-      each<kBlock / 4>([&](auto t) FS_INLINE {
+      repeat<kBlock / 4>([&](int t) FS_INLINE {
         __builtin_prefetch(p + kAhead, 0, 3);
         if constexpr (kBits == 8) __builtin_prefetch(p + kAhead + 64, 0, 3);
         dequantize_line<kBits>(p, rows, [&](auto half, auto pair, vf even_weight, vf odd_weight) FS_INLINE {
-          const float* inputs = x + 4 * t.value + 2 * pair.value;
+          const float* inputs = x + 4 * t + 2 * pair.value;
           even[half.value] = fma(set1(inputs[0]), cut(even_weight), even[half.value]);
           odd[half.value] = fma(set1(inputs[1]), cut(odd_weight), odd[half.value]);
         });
