@@ -74,24 +74,24 @@ def test_pages_stay_ahead_of_use_up_to_the_end_of_the_cache(asked: Asked) -> Non
     tensors = cache()
     pages = PagesAhead(tensors)
     wait_until(lambda: idle(pages))
-    with pages.step(AHEAD // 8, False):
+    with pages.step(AHEAD // 8):
         pass
     assert idle(pages)  # not for every block
-    with pages.step(AHEAD // 2, False):
+    with pages.step(AHEAD // 2):
         pass
     wait_until(lambda: idle(pages))
     reach = max(blocks_asked(asked, tensors[0]))
     assert AHEAD + AHEAD // 2 <= reach < NUM_BLOCKS - AHEAD // 2
-    with pages.step(NUM_BLOCKS - 1, False):
+    with pages.step(NUM_BLOCKS - 1):
         pass
     wait_until(lambda: idle(pages))
     assert max(blocks_asked(asked, tensors[1])) <= NUM_BLOCKS - 1
-    with pages.step(3, False):  # a block that comes back
+    with pages.step(3):  # a block that comes back
         pass
     assert idle(pages)
 
 
-def test_nothing_is_asked_for_beside_a_prompt_while_more_than_a_quarter_is_left(
+def test_nothing_is_asked_for_beside_steps_while_more_than_a_quarter_is_left(
     asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
@@ -105,7 +105,7 @@ def test_nothing_is_asked_for_beside_a_prompt_while_more_than_a_quarter_is_left(
 
     monkeypatch.setattr(pages._closed, "wait", count)
     before = len(asked)
-    with pages.step(AHEAD // 2, has_prompt=True):
+    with pages.step(AHEAD // 2):
         wait_until(lambda: len(waits) > 20 or idle(pages))
         assert len(asked) <= before + 1  # one may be on its way before the step has begun
         assert not idle(pages)
@@ -113,22 +113,17 @@ def test_nothing_is_asked_for_beside_a_prompt_while_more_than_a_quarter_is_left(
     assert len(asked) > before + 1
 
 
-@pytest.mark.parametrize("has_prompt", [False, True])
-def test_an_engine_that_does_not_rest_has_pages_all_the_same(
-    asked: Asked, monkeypatch: pytest.MonkeyPatch, has_prompt: bool
-) -> None:
+def test_an_engine_that_does_not_rest_has_a_quarter_all_the_same(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages_ahead, "PACE_S", 0.001)
     pages = PagesAhead(cache())
     wait_until(lambda: idle(pages))
     used = AHEAD - 4
-    with pages.step(used - 1, has_prompt):
-        if has_prompt:
-            wait_until(lambda: pages._present >= used + AHEAD // 4)
-            before = len(asked)
-            time.sleep(0.02)
-            assert len(asked) <= before + 1
-            assert not idle(pages)
-        wait_until(lambda: idle(pages) or has_prompt)
+    with pages.step(used - 1):
+        wait_until(lambda: pages._present >= used + AHEAD // 4)
+        before = len(asked)
+        time.sleep(0.02)
+        assert len(asked) <= before + 1
+        assert not idle(pages)
     wait_until(lambda: idle(pages))
     assert pages._present >= used + AHEAD
 
@@ -145,7 +140,7 @@ def test_a_system_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
     thread = pages._thread
     assert thread is not None
     thread.join(120)
-    with pages.step(NUM_BLOCKS - 1, False):
+    with pages.step(NUM_BLOCKS - 1):
         pass
     pages.close()
     assert len(calls) == 1
@@ -153,7 +148,7 @@ def test_a_system_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_closing_ends_the_thread_before_the_memory_goes(asked: Asked) -> None:
     pages = PagesAhead(cache())
-    with pages.step(0, False):  # it has not come far
+    with pages.step(0):  # it has not come far
         thread = pages._thread
         pages.close()
     assert thread is None or not thread.is_alive()

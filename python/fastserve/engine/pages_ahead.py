@@ -4,8 +4,9 @@
 The system gives a page when it is written to first, in the middle of a step, and clears it. That is soon done on a
 machine of its own; in a virtual one, whose host has to find the memory too, 4 ms per 2 MiB have been seen, a
 quarter of the time of a prompt of 2,048 tokens. So while the engine rests, pages are asked for some way ahead of the
-blocks in use. An engine that does not rest would use them up. So they are asked for beside steps of decodes, too, a few
-at a time, and beside prompts when a quarter is left. Not the whole cache: it may be larger than anybody ever fills.
+blocks in use. An engine that does not rest would use them up: when a quarter is left they are asked for beside its
+steps, too, a few at a time, which takes some of a core from them. Not the whole cache: it may be larger than anybody
+ever fills.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class PagesAhead:
     """Of tensors [num_blocks, ...] of one shape, whose blocks come into use in the order of their numbers; memory of
     another device needs nothing. A thread works while pages are missing; `close` ends it, before the tensors go.
 
-        with pages.step(last_block, has_prompt):
+        with pages.step(last_block):
             ...  # compute it
     """
 
@@ -39,17 +40,15 @@ class PagesAhead:
         self._block_bytes = tensors[0].nbytes // self._num_blocks  # of one tensor
         self._ahead = AHEAD_BYTES // (self._block_bytes * len(tensors))  # in blocks, as all that follow
         self._used = self._present = self._wanted = 0
-        self._in_step = self._has_prompt = False
+        self._in_step = False
         self._last_step = time.monotonic()  # when it ended
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._want(min(self._ahead, self._num_blocks))
 
-    def step(self, last_block: int, has_prompt: bool) -> PagesAhead:
-        """A context in which a step writes to blocks up to about this one; `has_prompt`: more than one token for some
-        request."""
-        self._has_prompt = has_prompt
+    def step(self, last_block: int) -> PagesAhead:
+        """A context in which a step writes to blocks up to about this one."""
         if last_block >= self._used:
             self._used = last_block + 1
             wanted = min(self._used + self._ahead, self._num_blocks)
@@ -96,10 +95,10 @@ class PagesAhead:
             self._present = end
 
     def _wait(self) -> None:
-        """Until the engine rests or, beside its steps, a little; beside prompts only if few pages are left."""
+        """Until the engine rests or, if few pages are left, a little."""
         while not self._closed.is_set() and (self._in_step or time.monotonic() < self._last_step + REST_S):
             self._closed.wait(PACE_S)
-            if not self._has_prompt or self._present - self._used < self._ahead // 4:
+            if self._present - self._used < self._ahead // 4:
                 return
 
 

@@ -115,8 +115,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> list[SampledToken | None]:
         """Compute the plan's tokens. Returns, per item, the sampled next token, or None where the item does not
         reach its request's last known token."""
-        last_block = max(item.request.block_ids[-1] for item in plan.items)
-        with self.pages.step(last_block, has_prompt=plan.num_tokens > len(plan.items)):
+        with self.pages.step(max(item.request.block_ids[-1] for item in plan.items)):
             return self._run(plan)
 
     def _run(self, plan: StepPlan) -> list[SampledToken | None]:
