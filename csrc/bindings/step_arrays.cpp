@@ -101,7 +101,7 @@ py::list layout(const StepArrays& self) {
 }
 
 py::object graph_key(const StepArrays& self) {
-  if (!self.is_decodes()) return py::none();
+  if (!self.is_recordable()) return py::none();
   if (!self.fixed_shapes()) return py::int_(self.num_rows());
   std::string shapes;
   for (const Tensor& array : self.arrays()) {

@@ -64,9 +64,9 @@ void StepArrays::build(std::span<const StepRequest> requests, int num_workers) {
   place_rows(requests, found.order);
 
   const int64_t num_tokens = query_start_.back();
-  is_decodes_ = num_tokens == num_requests && sample_rows_.size() == requests.size() &&
-                num_requests <= options_.max_decodes;
-  const bool padded = is_decodes_ && options_.fixed_shapes;
+  is_recordable_ = num_tokens == num_requests && sample_rows_.size() == requests.size() &&
+                   num_requests <= options_.max_decodes;
+  const bool padded = is_recordable_ && options_.fixed_shapes;
   const int64_t rows = padded ? std::min(padded_rows(num_tokens), options_.max_decodes) : num_tokens;
   const int64_t columns = padded ? static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(width))) : width;
 

@@ -62,7 +62,8 @@ class StepArrays {
   const std::vector<Tensor>& arrays() const { return arrays_; }
   int64_t begin(size_t array) const { return begins_[array]; }
 
-  bool is_decodes() const { return is_decodes_; }  // and so can be recorded
+  // One token of each request, all sampled: such steps look alike, so one is recorded and run again.
+  bool is_recordable() const { return is_recordable_; }
   bool fixed_shapes() const { return options_.fixed_shapes; }
   int64_t num_rows() const { return arrays_.empty() ? 0 : arrays_[kTokenIds].shape[0]; }  // with padding
   const std::vector<int32_t>& row_starts() const { return row_starts_; }  // first row of each request
@@ -84,7 +85,7 @@ class StepArrays {
   std::vector<Tensor> arrays_;
   std::vector<int64_t> begins_;
   std::vector<int32_t> tables_, shareable_, query_start_, seq_lens_, row_starts_, sample_rows_;
-  bool is_decodes_ = false;
+  bool is_recordable_ = false;
   int64_t num_kv_tokens_ = 0, num_kv_tokens_spared_ = 0, num_slots_ = 0, num_merges_ = 0;
 };
 
