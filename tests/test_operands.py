@@ -15,6 +15,8 @@ from fastserve.engine.device import CpuDevice
 from fastserve.layers import Int4Linear, Int8Linear, Linear, make_linear
 from fastserve.weights.int8 import round_int8
 from fastserve.weights.round_int4 import round_int4
+from op_cases.attention import Shape, arguments_for
+from op_checks import run_guarded
 from tiny_models import make_tiny_checkpoint
 
 AMX = [isa for isa in _native.isas() if isa.startswith("amx")]
@@ -47,6 +49,29 @@ def test_a_norm_rounds_what_it_would_write(isa: str, hidden: int) -> None:
     assert torch.equal(rounded[3].isnan(), exact[3].isnan())
     others = torch.arange(9) != 3
     assert torch.equal(rounded[others], exact[others].bfloat16())
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [18, 64])
+def test_attention_rounds_what_it_would_write(isa: str, cache: torch.dtype, dim: int) -> None:
+    """Outputs written by items and by merges, of rows that begin where a norm's or an MLP's would."""
+    _native.set_isa(isa)
+    shape = Shape(dim=dim, span=64, dtype=cache, num_workers=8)
+    rows, lengths = [3, 40, *[1] * 18], [290, 60, *range(193, 211)]
+    arguments = arguments_for(torch.Generator().manual_seed(3), rows, lengths, shape, [(0, 192, 2, 20)])
+    assert (arguments["items"][:, 7] == 0).any()
+    assert len(arguments["merges"]) > 0
+    arguments["kv_cache"][arguments["block_tables"][1, 0], 1] = torch.nan  # values of one request
+    arguments["out"] = torch.empty(sum(rows), shape.heads, dim)
+    exact = run_guarded("attention", arguments)["out"]
+    wide = torch.empty(sum(rows), shape.heads * dim + 32, dtype=torch.bfloat16)
+    arguments["out"] = wide[:, : shape.heads * dim].unflatten(1, (shape.heads, dim))
+    rounded = run_guarded("attention", arguments)["out"]
+    is_nan = exact.isnan().all(2).all(1)
+    assert is_nan.tolist() == [3 <= row < 43 for row in range(sum(rows))]
+    assert torch.equal(rounded.isnan(), exact.isnan())
+    assert torch.equal(rounded[~is_nan], exact[~is_nan].bfloat16())
 
 
 def layer(kind: str, is_gated: bool) -> Linear:
@@ -111,7 +136,7 @@ def test_a_model_computes_the_same_either_way(tmp_path: Path, monkeypatch: pytes
             params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=3)
             (output,) = llm.generate(["The quick brown fox jumps over"], params, use_tqdm=False)
             buffers = llm.loaded.runner.buffers
-            assert buffers.normed.dtype == buffers.gated.dtype
+            assert buffers.normed.dtype == buffers.gated.dtype == buffers.attention.dtype
             return (output.outputs[0].token_ids, output.prompt_logprobs), buffers.normed.dtype
 
     rounded, dtype = run()

@@ -54,8 +54,11 @@ class VectorSpans {
       ask_for_queries(*following, 0);
     }
     if (rows.item.num_parts == 0) {
-      rows.for_each(first, count,
-                    [&](int64_t, int64_t token, int64_t head) { ask_for(rows.out(token, head)); });
+      visit_output(rows.op, [&](auto* tag) {
+        using Out = std::remove_pointer_t<decltype(tag)>;
+        rows.for_each(first, count,
+                      [&](int64_t, int64_t token, int64_t head) { ask_for(rows.out<Out>(token, head)); });
+      });
     }
     const float scale = op_.scale * 1.44269504f;  // 2^(q . k) = exp(op.scale * q . k)
     rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
@@ -105,8 +108,10 @@ class VectorSpans {
   }
 
  private:
-  void ask_for(const float* row) const {
-    for (int64_t d = 0; d < shape_.head_dim; d += 16) prefetch(row + d);
+  template <class T>
+  void ask_for(const T* row) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t d = 0; d < shape_.head_dim; d += kLine) prefetch(row + d);
   }
   void ask_for_queries(const PackedRows& rows, int64_t first) const {
     const int64_t left = rows.count() - first;
@@ -235,8 +240,11 @@ void attention(const Attention& op, [[maybe_unused]] const OpContext& context) {
   }
 #endif
   const auto* merges = op.merges.ptr<const AttentionMerge>();
-  parallel_rows(op.merges.shape[0], 4, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) merge_rows(op, shape, merges[i]);
+  visit_output(op, [&](auto* tag) {
+    using Out = std::remove_pointer_t<decltype(tag)>;
+    parallel_rows(op.merges.shape[0], 4, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) merge_rows<Out>(op, shape, merges[i]);
+    });
   });
 }
 

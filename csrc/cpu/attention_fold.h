@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/simd.h"
+#include "cpu/round.h"
 
 namespace fs::FS_ISA {
 
@@ -81,11 +82,13 @@ void fold_rows(int64_t n, const To& to, const Partials& from, int64_t dim) {
   fold_rows(n, to, [&](int64_t r) { return from.row(r); }, dim);
 }
 
-inline void write_output(float* out, const Partial& from, int64_t dim) {
+// One row and head of the output, float or bf16.
+template <class Out>
+void write_output(Out* out, const Partial& from, int64_t dim) {
   const float scale = *from.sum == 0.0f ? 0.0f : 1.0f / *from.sum;
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) store(out + d, load(from.out + d) * set1(scale));
-  for (; d < dim; ++d) out[d] = from.out[d] * scale;
+  for (; d < dim; ++d) store_one(out + d, from.out[d] * scale);
 }
 
 }  // namespace fs::FS_ISA

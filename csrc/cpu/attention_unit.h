@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/attention_check.h"
 #include "cpu/attention_fold.h"
@@ -24,6 +25,16 @@
 #include "plan/attention_plan.h"
 
 namespace fs::FS_ISA {
+
+// Calls f with a null pointer of the output's element type: float, or bf16 if a product alone reads it.
+template <class F>
+void visit_output(const Attention& op, const F& f) {
+  if (op.out.dtype == DType::bf16) {
+    f(static_cast<bf16*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
 
 // Packed row r is query head r % group of the KV head's, of the item's token r / group.
 struct PackedRows {
@@ -51,8 +62,9 @@ struct PackedRows {
   const float* query(int64_t token, int64_t head) const {
     return op.q.ptr<const float>() + (item.row_begin + token) * op.q.stride[0] + head * shape.head_dim;
   }
-  float* out(int64_t token, int64_t head) const {
-    return op.out.ptr<float>() + (item.row_begin + token) * op.out.stride[0] + head * shape.head_dim;
+  template <class Out>
+  Out* out(int64_t token, int64_t head) const {
+    return op.out.ptr<Out>() + (item.row_begin + token) * op.out.stride[0] + head * shape.head_dim;
   }
   // Where the workspace has a row's partial.
   Partial stored(int64_t token, int64_t head, int64_t part) const {
@@ -139,8 +151,11 @@ class Unit {
                     [&](int64_t r, int64_t token, int64_t head) { stored[r] = rows.stored(token, head, 0); });
       return fold_rows(count, [&](int64_t r) { return stored[r]; }, *folded, dim);
     }
-    rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
-      write_output(rows.out(token, head), folded->row(r), dim);
+    visit_output(rows.op, [&](auto* tag) {
+      using Out = std::remove_pointer_t<decltype(tag)>;
+      rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
+        write_output(rows.out<Out>(token, head), folded->row(r), dim);
+      });
     });
   }
 
@@ -161,13 +176,14 @@ class Unit {
 };
 
 // The rows of one merge.
-inline void merge_rows(const Attention& op, const AttentionShape& shape, const AttentionMerge& merge) {
+template <class Out>
+void merge_rows(const Attention& op, const AttentionShape& shape, const AttentionMerge& merge) {
   constexpr int64_t kHeads = kLanes;  // together
   const int64_t dim = shape.head_dim;
   const int32_t* parts = op.parts.ptr<const int32_t>();
   alignas(64) float buffer[kHeads * kMaxHeadDim];
   for (int64_t row = 0; row < merge.num_rows; ++row) {
-    float* out = op.out.ptr<float>() + (merge.row_begin + row) * op.out.stride[0];
+    Out* out = op.out.ptr<Out>() + (merge.row_begin + row) * op.out.stride[0];
     for (int64_t head = 0; head < shape.num_heads; head += kHeads) {
       const int64_t count = shape.num_heads - head < kHeads ? shape.num_heads - head : kHeads;
       float max[kHeads] = {};

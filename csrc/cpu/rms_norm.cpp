@@ -38,14 +38,7 @@ void norm_row(Out* out, const float* x, float* sum, const W* weight, int64_t hid
   const float scale = 1.0f / std::sqrt(total / static_cast<float>(hidden) + eps);
   const vf scales = set1(scale);
   for (int64_t h = 0; h < whole; h += kLanes) store(out + h, load(row + h) * scales * load(weight + h));
-  for (int64_t h = whole; h < hidden; ++h) {
-    const float value = row[h] * scale * to_float(weight[h]);
-    if constexpr (std::is_same_v<Out, float>) {
-      out[h] = value;
-    } else {
-      out[h] = to_bf16(value);
-    }
-  }
+  for (int64_t h = whole; h < hidden; ++h) store_one(out + h, row[h] * scale * to_float(weight[h]));
 }
 
 void rms_norm(const RmsNorm& op, const OpContext&) {

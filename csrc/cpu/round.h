@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A vector of floats to memory as bfloat16, rounded as to_bf16 does.
+// Floats to memory as bfloat16, rounded as to_bf16 does.
 #pragma once
 
 #include "core/simd.h"
@@ -21,6 +21,13 @@ inline void store(bf16* p, vf x) {
   store(lanes, x);
   for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(lanes[i]);
 #endif
+}
+
+inline void store_one(bf16* p, float x) {
+  *p = to_bf16(x);
+}
+inline void store_one(float* p, float x) {
+  *p = x;
 }
 
 }  // namespace fs::FS_ISA

@@ -287,7 +287,7 @@ struct Attention {
       "kv_cache"};
   static constexpr auto args() {
     return std::tuple{
-        activation(&Attention::out, "out", "T Nq D", Access::write).rows(),
+        activation(&Attention::out, "out", "T Nq D", Access::write).rows().operand(),
         activation(&Attention::q, "q", "T Nq D").rows(),
         tensor(&Attention::kv_cache, "kv_cache", "NB 2 Nkv S D", kActivations),
         tensor(&Attention::block_tables, "block_tables", "B MB", DType::i32),

@@ -205,7 +205,7 @@ class StepBuffers:
         self.normed = operands(width, all(layer.qkv.takes_bf16 and layer.gate_up.takes_bf16 for layer in layers))
         self.sublayer_out = floats(max_num_tokens, width)
         self.qkv = floats(max_num_tokens, self.num_q + 2 * self.num_kv)
-        self.attention = floats(max_num_tokens, self.num_q)
+        self.attention = operands(self.num_q, all(layer.o.takes_bf16 for layer in layers))
         self.gate_up = floats(max_num_tokens, 0 if is_gated else 2 * mlp)
         self.gated = operands(mlp, is_gated and takes_gated)
         self.logit_rows = floats(max_logit_rows, width)
