@@ -5,6 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/each.h"
 #include "cpu/parallel.h"
 #include "cpu/round.h"
 #include "cpu/weights.h"
@@ -14,31 +15,57 @@ namespace fs::FS_ISA {
 
 namespace {
 
-constexpr int64_t kRowsPerChunk = 8;
+constexpr int64_t kRowsPerChunk = 32;
+constexpr int kRowsTogether = 4;
 
-// `row` is the row to normalise: x itself, or residual + x, which is also stored to `sum`.
-template <class W, class Out>
-void norm_row(Out* out, const float* x, float* sum, const W* weight, int64_t hidden, float eps) {
+// `kRows` rows to normalise: x itself, or residual + x, which is also stored to `sum`.
+template <int kRows, class W, class Out>
+void norm_rows(Out* out, int64_t out_stride, const float* x, int64_t x_stride, float* sum, const W* weight,
+               int64_t hidden, float eps) {
   const int64_t whole = hidden - hidden % kLanes;
-  const float* row = sum != nullptr ? sum : x;
-  vf squares = zero();
-  for (int64_t h = 0; h < whole; h += kLanes) {
-    vf value = load(x + h);
-    if (sum != nullptr) {
-      value = load(sum + h) + value;
-      store(sum + h, value);
+  const float* rows = sum != nullptr ? sum : x;
+  const int64_t stride = sum != nullptr ? hidden : x_stride;
+  vf squares[kRows];
+  each<kRows>([&](auto r) FS_INLINE { squares[r.value] = zero(); });
+  if (sum != nullptr) {
+    for (int64_t h = 0; h < whole; h += kLanes) {
+      each<kRows>([&](auto r) FS_INLINE {
+        const vf value = load(sum + r.value * hidden + h) + load(x + r.value * x_stride + h);
+        store(sum + r.value * hidden + h, value);
+        squares[r.value] = fma(value, value, squares[r.value]);
+      });
     }
-    squares = fma(value, value, squares);
+  } else {
+    for (int64_t h = 0; h < whole; h += kLanes) {
+      each<kRows>([&](auto r) FS_INLINE {
+        const vf value = load(x + r.value * x_stride + h);
+        squares[r.value] = fma(value, value, squares[r.value]);
+      });
+    }
   }
-  float total = reduce_add(squares);
+  vf scales[kRows];
+  float scale[kRows];
+  each<kRows>([&](auto r) FS_INLINE {
+    float total = reduce_add(squares[r.value]);
+    for (int64_t h = whole; h < hidden; ++h) {
+      if (sum != nullptr) sum[r.value * hidden + h] += x[r.value * x_stride + h];
+      total += rows[r.value * stride + h] * rows[r.value * stride + h];
+    }
+    scale[r.value] = 1.0f / std::sqrt(total / static_cast<float>(hidden) + eps);
+    scales[r.value] = set1(scale[r.value]);
+  });
+  for (int64_t h = 0; h < whole; h += kLanes) {
+    const vf w = load(weight + h);
+    each<kRows>([&](auto r) FS_INLINE {
+      store(out + r.value * out_stride + h, load(rows + r.value * stride + h) * scales[r.value] * w);
+    });
+  }
   for (int64_t h = whole; h < hidden; ++h) {
-    if (sum != nullptr) sum[h] += x[h];
-    total += row[h] * row[h];
+    each<kRows>([&](auto r) FS_INLINE {
+      store_one(out + r.value * out_stride + h,
+                rows[r.value * stride + h] * scale[r.value] * to_float(weight[h]));
+    });
   }
-  const float scale = 1.0f / std::sqrt(total / static_cast<float>(hidden) + eps);
-  const vf scales = set1(scale);
-  for (int64_t h = 0; h < whole; h += kLanes) store(out + h, load(row + h) * scales * load(weight + h));
-  for (int64_t h = whole; h < hidden; ++h) store_one(out + h, row[h] * scale * to_float(weight[h]));
 }
 
 void rms_norm(const RmsNorm& op, const OpContext&) {
@@ -48,11 +75,15 @@ void rms_norm(const RmsNorm& op, const OpContext&) {
     const auto* weight = op.weight.ptr<std::remove_pointer_t<decltype(tag)>>();
     const auto run = [&](auto* out) {
       parallel_rows(num_tokens, kRowsPerChunk, [&](int64_t begin, int64_t end, int) {
-        for (int64_t t = begin; t < end; ++t) {
+        const auto rows = [&](auto count, int64_t t) {
           float* sum = op.residual.defined() ? op.residual.ptr<float>() + t * hidden : nullptr;
           const float* x = op.x.ptr<const float>() + t * op.x.stride[0];
-          norm_row(out + t * op.out.stride[0], x, sum, weight, hidden, op.eps);
-        }
+          norm_rows<count.value>(out + t * op.out.stride[0], op.out.stride[0], x, op.x.stride[0], sum, weight,
+                                 hidden, op.eps);
+        };
+        int64_t t = begin;
+        for (; t + kRowsTogether <= end; t += kRowsTogether) rows(Index<kRowsTogether>{}, t);
+        for (; t < end; ++t) rows(Index<1>{}, t);
       });
     };
     if (op.out.dtype == DType::bf16) {
