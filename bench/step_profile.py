@@ -5,9 +5,10 @@
     python bench/step_profile.py MODEL_FOLDER --batch 8 --context 1024
     python bench/step_profile.py MODEL_FOLDER --threads 1          CPU time: usable on a machine that others use too
     python bench/step_profile.py MODEL_FOLDER --stream             with an output for every token, as a server has
-    python bench/step_profile.py MODEL_FOLDER --eager              every op of a decode step, too
+    python bench/step_profile.py MODEL_FOLDER --eager              every op called from Python: nothing is recorded
 
-Decode steps are recorded and replayed by one call, in which single ops cannot be told apart; with --eager none is.
+Decode steps, and prompts of as many tokens as a step may have, are recorded and replayed by one call, which then notes
+the time after each op.
 Ops and the engine's parts are wrapped with clocks (0.3 us a call), and each is charged what it spends outside the parts
 it calls. With one thread the clock is that thread's CPU time; with more it is wall time, which means little unless the
 machine is quiet. The prompts are real text. "linear" is split by shape, rows x depth.
@@ -46,6 +47,11 @@ class Clocks:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
 
+    def charge(self, part: str, seconds: float) -> None:
+        """Of the time of the part that runs, `seconds` are another's."""
+        self.seconds[part] += seconds
+        self.seconds[self._open[-1]] -= seconds
+
     def wrap(self, name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
         def clocked(*args: Any, **kwargs: Any) -> Any:
             self._switch()
@@ -63,6 +69,24 @@ def name_of_linear(op: str) -> Callable[..., str]:
     return lambda out, x, *rest, **more: f"op {op} {out.shape[1]}x{x.shape[1]}"
 
 
+def timed_replay(clocks: Clocks, recording: _native.Recording) -> Callable[[], None]:
+    """Runs it and moves what its ops took from the open part to parts of their own. Ops note wall time; what they get
+    is their share of what the clock says."""
+    names = [
+        f"op {op} {shapes[0][1]}x{shapes[1][1]}" if op.startswith("linear") else f"op {op}"
+        for op, shapes in recording.ops()
+    ]
+
+    def run() -> None:
+        before = clocks.now()
+        seconds = recording.run_timed()
+        rate = (clocks.now() - before) / sum(seconds)
+        for name, wall in zip(names, seconds, strict=True):
+            clocks.charge(name, wall * rate)
+
+    return run
+
+
 def watch(clocks: Clocks, owner: Any, attribute: str, name: str) -> None:
     setattr(owner, attribute, clocks.wrap(lambda *_, **__: name, getattr(owner, attribute)))
 
@@ -75,7 +99,9 @@ def watch_engine(clocks: Clocks, llm: LLM) -> None:
             name = name_of_linear(op) if op.startswith("linear") else (lambda *_, _name=f"op {op}", **__: _name)
             setattr(_native.ops, op, clocks.wrap(name, function))
     capture = runner.device.capture
-    runner.device.capture = lambda *args: clocks.wrap(lambda: "op (all of a recording)", capture(*args))
+    runner.device.capture = lambda *args: clocks.wrap(
+        lambda: "op (rest of a recording)", timed_replay(clocks, capture(*args).__self__)
+    )
     watch(clocks, engine.scheduler, "schedule", "python schedule")
     watch(clocks, engine.scheduler, "update", "python update")
     watch(clocks, runner.batches, "build", "python batch")

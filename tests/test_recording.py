@@ -186,6 +186,20 @@ def test_inputs_are_taken_as_they_are_at_each_run() -> None:
         recording.run()
 
 
+def test_ops_of_a_recording_can_be_told_apart() -> None:
+    recording = _native.Recording(step_arrays())
+    out, x, weight, gated, gate_up = (torch.ones(shape) for shape in ((2, 8), (2, 8), (8,), (3, 4), (3, 8)))
+    out.zero_()
+    with recording:
+        _native.ops.rms_norm(out, x, None, weight, 0.0)
+        _native.ops.silu_mul(gated, gate_up)
+    assert recording.ops() == [("rms_norm", [(2, 8), (2, 8), (), (8,)]), ("silu_mul", [(3, 4), (3, 8)])]
+    seconds = recording.run_timed()
+    assert torch.equal(out, torch.ones(2, 8))
+    assert len(seconds) == 2
+    assert all(0 <= s < 60 for s in seconds)
+
+
 def test_bad_arguments_are_refused_while_recording() -> None:
     arrays = step_arrays()
     recording = _native.Recording(arrays)

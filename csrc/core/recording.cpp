@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/recording.h"
 
+#include <chrono>
+
 #include "core/error.h"
 
 namespace fs {
@@ -36,14 +38,30 @@ void Recording::bind(const Tensor& tensor, size_t at) {
   }
 }
 
-void Recording::run() {
+void Recording::take_inputs() {
   FS_CHECK(current_ == nullptr, "recording: this thread records; it cannot run one meanwhile");
   auto* bytes = reinterpret_cast<std::byte*>(words_.data());
   for (const Bound& bound : bound_) {
     FS_CHECK(bound.input < inputs_.size(), "recording: an input is missing");
     std::memcpy(bytes + bound.at, &inputs_[bound.input], sizeof(Tensor));
   }
+}
+
+void Recording::run() {
+  take_inputs();
   for (const Call& call : calls_) call.run(&words_[call.at]);
+}
+
+void Recording::run_timed(double* seconds) {
+  using Clock = std::chrono::steady_clock;
+  take_inputs();
+  Clock::time_point before = Clock::now();
+  for (const Call& call : calls_) {
+    call.run(&words_[call.at]);
+    const Clock::time_point now = Clock::now();
+    *seconds++ = std::chrono::duration<double>(now - before).count();
+    before = now;
+  }
 }
 
 size_t Recording::num_bytes() const {

@@ -47,19 +47,26 @@ class Recording {
       bind(tensor, at * sizeof(uint64_t) + static_cast<size_t>(offset));
     });
     const bool is_bound = bound_.size() > num_bound;
-    calls_.push_back({is_bound ? &call<Op, true> : &call<Op, false>, at});
+    calls_.push_back({is_bound ? &call<Op, true> : &call<Op, false>, at, Op::info.name, &tensors_in<Op>});
   }
 
   // Runs all ops in order, one call at a time. Throws what they throw; a part of them has run then.
   void run();
+  // The same; seconds[i] is what op i of num_ops() took.
+  void run_timed(double* seconds);
 
   size_t num_ops() const { return calls_.size(); }
+  const char* name(size_t op) const { return calls_[op].name; }
+  // The op's tensor arguments in declaration order, those of inputs as they were at the last run.
+  std::vector<Tensor> tensors(size_t op) const { return calls_[op].tensors(&words_[calls_[op].at]); }
   size_t num_bytes() const;  // what the recording itself takes
 
  private:
   struct Call {
     void (*run)(const void* op);
     size_t at;  // in words_
+    const char* name;
+    std::vector<Tensor> (*tensors)(const void* op);
   };
   struct Bound {
     size_t at;  // of a Tensor, in bytes of words_
@@ -74,7 +81,16 @@ class Recording {
     kernel_for(op)(op, OpContext{});
   }
 
+  template <class Op>
+  static std::vector<Tensor> tensors_in(const void* recorded) {
+    std::vector<Tensor> tensors;
+    for_each_tensor(*static_cast<const Op*>(recorded),
+                    [&](const Tensor& tensor) { tensors.push_back(tensor); });
+    return tensors;
+  }
+
   void bind(const Tensor& tensor, size_t at);
+  void take_inputs();
 
   static thread_local Recording* current_;
   const std::vector<Tensor>& inputs_;
