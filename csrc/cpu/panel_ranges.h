@@ -7,19 +7,9 @@
 
 #include <cstdint>
 
-#include "core/thread_pool.h"
+#include "cpu/shares.h"
 
 namespace fs::FS_ISA {
-
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// Part i of `count` parts of [0, total), equal give or take one.
-[[gnu::always_inline]] inline Span part(int64_t total, int64_t count, int64_t i) {
-  return {total * i / count, total * (i + 1) / count};
-}
 
 // Calls f(panels, tokens) with two Spans; token_bytes are those of a token's activations, work the
 // multiply-adds of a panel and a token, tile the tokens that share weights in registers, and block_bytes

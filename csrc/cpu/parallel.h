@@ -5,23 +5,26 @@
 
 #include <cstdint>
 
-#include "core/thread_pool.h"
+#include "cpu/shares.h"
 
 namespace fs::FS_ISA {
 
 // Calls f(begin, end, worker) over [0, count) in pieces of at most `grain`: a fixed cut, whatever the thread
-// count.
+// count. A worker's pieces follow one another, and are the same in all ops over the same rows.
 template <class F>
 void parallel_rows(int64_t count, int64_t grain, const F& f) {
-  const int64_t num_chunks = (count + grain - 1) / grain;
-  if (num_chunks == 1) {
-    f(int64_t{0}, count, 0);
+  if (count <= grain) {
+    if (count > 0) f(int64_t{0}, count, 0);
     return;
   }
-  pool().parallel_for(num_chunks, [&](int64_t chunk, int worker) {
-    const int64_t begin = chunk * grain;
-    const int64_t end = begin + grain < count ? begin + grain : count;
-    f(begin, end, worker);
+  Shares shares((count + grain - 1) / grain);
+  shares.run([&](int worker) {
+    Span piece;
+    while (shares.claim<Shares::kOne>(worker, &piece)) {
+      const int64_t begin = piece.begin * grain;
+      const int64_t end = begin + grain < count ? begin + grain : count;
+      f(begin, end, worker);
+    }
   });
 }
 

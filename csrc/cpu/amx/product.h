@@ -10,7 +10,7 @@
 #include "cpu/amx/token_tiles.h"
 #include "cpu/gate.h"
 #include "cpu/linear_tile.h"  // FS_INLINE
-#include "cpu/panel_ranges.h"
+#include "cpu/panel_shares.h"
 
 namespace fs::FS_ISA {
 
@@ -26,6 +26,7 @@ struct alignas(64) WeightChunk {
 };
 
 struct TileOutput {
+  static constexpr int64_t kPanelsOfLine = 1;  // of a row of results; no two workers write to one line
   float* out;
   int64_t stride, num_rows;
   const float* bias;
@@ -38,6 +39,13 @@ struct TileOutput {
   }
   void take_sums(TileProduct& product, int64_t panel, int64_t token) const {
     product.store(out + token * stride + panel * kPanelRows, stride);
+  }
+
+  // Asks for the lines of a row of results, which other cores have: they read or wrote the results before.
+  [[gnu::always_inline]] void ask(int64_t panel, int64_t token) const {
+    const float* to = out + token * stride + panel * kPanelRows;
+    __builtin_prefetch(to, 1, 3);
+    __builtin_prefetch(to + kTileRows, 1, 3);
   }
 
   // Rows [begin, end) of the sums that begin with the one of `token`.
@@ -65,12 +73,14 @@ struct TileOutput {
 // The upper tiles of a panel's results have the gate, the lower ones what it gates.
 template <class T>
 struct GatedTileOutput {
+  static constexpr int64_t kPanelsOfLine = 64 / (kTileRows * int64_t{sizeof(T)});
   T* out;
   int64_t stride, width;
 
   int64_t num_panels() const { return width / kTileRows; }
   bool takes_sums_of(int64_t) const { return false; }
   void take_sums(TileProduct&, int64_t, int64_t) const {}
+  void ask(int64_t, int64_t) const {}  // vector stores wait less than those of tiles: nothing gained
   void write(const TileSums& sums, int64_t panel, int64_t token, int begin, int end) const {
     for (int t = begin; t < end; ++t) {
       store(out + (token + t) * stride + panel * kTileRows,
@@ -94,6 +104,8 @@ class TileWriter {
     next_ = 0;
     count_ = count;
   }
+  // Asks for the place of a row of results.
+  [[gnu::always_inline]] void ask(int64_t panel, int64_t token) const { output_.ask(panel, token); }
   [[gnu::always_inline]] void some() {
     if (next_ < count_) write(next_ + 2 < count_ ? next_ + 2 : count_);
   }
@@ -117,25 +129,25 @@ class TileWriter {
 // their own place; Weights::Maker(weights, panel).next(to): puts one block after the other there, or asks
 // memory for it; kMadeInPlace: `to` must be free of the chunk before.
 template <class Weights, class Output>
-class ProductRange {
+class WorkerProduct {
  public:
-  ProductRange(const TokenTiles& x, const Weights& weights, const Output& output, Span panels, Span tokens)
+  WorkerProduct(const TokenTiles& x, const Weights& weights, const Output& output, PanelShares& shares,
+                int worker)
       : x_(x),
         weights_(weights),
         writer_(output),
-        maker_(weights, panels.begin),
-        panels_(panels),
-        tokens_(tokens),
-        num_pairs_((tokens.size() + kTileTokens - 1) / kTileTokens),
-        chunks_per_panel_(num_chunks(x.num_blocks, chunk_blocks(num_pairs_))) {}
+        walk_(shares, worker),
+        maker_(weights, 0),
+        chunks_per_panel_(
+            num_chunks(x.num_blocks, chunk_blocks((shares.most_tokens() + kTileTokens - 1) / kTileTokens))) {}
 
   static constexpr int64_t kMaxPairs = 16;  // of tiles of tokens
 
   void run() {
-    Chunk chunk = at(0);
+    Chunk chunk = after({0, {0, 0}, chunks_per_panel_ - 1, {0, 0}});
     for (int64_t i = chunk.blocks.begin; i < chunk.blocks.end; ++i) make(chunk, i);
-    for (int64_t i = 0; i < panels_.size() * chunks_per_panel_; ++i) {
-      next_ = at(i + 1);
+    while (!chunk.is_end) {
+      next_ = after(chunk);
       multiply(chunk);
       chunk = next_;
     }
@@ -145,46 +157,60 @@ class ProductRange {
  private:
   struct Chunk {
     int64_t panel;
+    Span tokens;
+    int64_t index;  // in the panel
     Span blocks;
+    bool is_end = false;
   };
   static int64_t num_chunks(int64_t num_blocks, int64_t most) {
     return num_blocks == 0 ? 1 : (num_blocks + most - 1) / most;
   }
-  Chunk at(int64_t i) const {
-    const int64_t panel = panels_.begin + i / chunks_per_panel_;
-    if (panel == panels_.end) return {panel, {0, 0}};
-    return {panel, part(x_.num_blocks, chunks_per_panel_, i % chunks_per_panel_)};
+  Chunk after(Chunk chunk) {
+    if (++chunk.index == chunks_per_panel_) {
+      chunk.index = 0;
+      if (!walk_.next(&chunk.panel, &chunk.tokens)) return {0, {0, 0}, 0, {0, 0}, true};
+      maker_ = typename Weights::Maker(weights_, chunk.panel);
+    }
+    chunk.blocks = part(x_.num_blocks, chunks_per_panel_, chunk.index);
+    return chunk;
   }
   [[gnu::always_inline]] void make(const Chunk& chunk, int64_t block) {
     maker_.next(buffer_.value + (block - chunk.blocks.begin) * kTileDepth * kPanelRows);
   }
 
   void multiply(const Chunk& chunk) {
+    constexpr int64_t kAskedPerBlock = 4;
     const bool is_first = chunk.blocks.begin == 0, is_last = chunk.blocks.end == x_.num_blocks;
     const bf16* weights = weights_.chunk(chunk.panel, chunk.blocks, buffer_.value);
+    const int64_t num_pairs = (chunk.tokens.size() + kTileTokens - 1) / kTileTokens;
     // Sizes of chunks differ by one at most: what is made in place is behind what is multiplied.
-    const int64_t first_making = Weights::kMadeInPlace ? num_pairs_ - 1 : 0;
-    const int64_t num_steps = (num_pairs_ - first_making) * chunk.blocks.size();
+    const int64_t first_making = Weights::kMadeInPlace ? num_pairs - 1 : 0;
+    const int64_t num_steps = (num_pairs - first_making) * chunk.blocks.size();
     int64_t made = next_.blocks.begin, due = 0, pair = 0;
+    Span asking{0, 0};  // rows of results whose places are not asked for yet
     const auto between = [&]() FS_INLINE {
       writer_.some();
+      for (int64_t i = 0; i < kAskedPerBlock && asking.begin < asking.end; ++i) {
+        writer_.ask(chunk.panel, asking.begin++);
+      }
       if (pair < first_making) return;
       for (due += next_.blocks.size(); due >= num_steps; due -= num_steps) make(next_, made++);
     };
-    for (; pair < num_pairs_; ++pair) {
-      const int64_t token = tokens_.begin + pair * kTileTokens, rest = tokens_.end - token;
+    for (; pair < num_pairs; ++pair) {
+      const int64_t token = chunk.tokens.begin + pair * kTileTokens, rest = chunk.tokens.end - token;
       const int num_tokens = rest < kTileTokens ? static_cast<int>(rest) : kTileTokens;
       product_.configure(num_tokens);
       if (is_first) {
         product_.zero();
-      } else if (num_pairs_ > 1) {
+      } else if (num_pairs > 1) {
         product_.load(sums_[pair]);
       }
+      if (is_last) asking = {token, token + num_tokens};
       product_.multiply(weights, x_.at(token, chunk.blocks.begin),
                         x_.at(token + kTileRows, chunk.blocks.begin), chunk.blocks.size(), between);
       if (is_last) {
         writer_.take(product_, chunk.panel, token, num_tokens);
-      } else if (num_pairs_ > 1) {
+      } else if (num_pairs > 1) {
         product_.store(sums_[pair]);
       }
     }
@@ -194,9 +220,9 @@ class ProductRange {
   const TokenTiles& x_;
   const Weights& weights_;
   TileWriter<Output> writer_;
+  PanelShares::Walk walk_;
   typename Weights::Maker maker_;
-  const Span panels_, tokens_;
-  const int64_t num_pairs_, chunks_per_panel_;
+  const int64_t chunks_per_panel_;
   Chunk next_;
   TileProduct product_;
   TileSums sums_[kMaxPairs];
@@ -206,17 +232,21 @@ class ProductRange {
 template <class Weights, class Output>
 void multiply_on_tiles(const TokenTiles& x, const Weights& weights, const Output& output) {
   constexpr int64_t kTokenBytes = 1024 * 1024;  // of the activations of a block of tokens, which stay in L2
-  constexpr int64_t kMaxPairs = ProductRange<Weights, Output>::kMaxPairs;
+  constexpr int64_t kMaxPairs = WorkerProduct<Weights, Output>::kMaxPairs;
+  constexpr int64_t kPairsOfWorker = 8;
+  if (x.num_tokens == 0 || output.num_panels() == 0) return;
+  const int64_t num_pairs = (x.num_tokens + kTileTokens - 1) / kTileTokens;
   const int64_t pair_bytes = x.num_blocks * kTileDepth * kTileTokens * int64_t{sizeof(bf16)};
-  constexpr int64_t kLeastBytes = kTokenBytes / kMaxPairs;
-  const auto range = [&](Span panels, Span pairs) {  // whole pairs: a tile has one place
-    const int64_t end = pairs.end * kTileTokens;
-    const Span tokens{pairs.begin * kTileTokens, end < x.num_tokens ? end : x.num_tokens};
-    ProductRange<Weights, Output>(x, weights, output, panels, tokens).run();
-  };
-  for_panel_ranges(output.num_panels(), (x.num_tokens + kTileTokens - 1) / kTileTokens,
-                   pair_bytes > kLeastBytes ? pair_bytes : kLeastBytes,
-                   kTileTokens * kPanelRows * x.num_blocks * kTileDepth, 1, range, kTokenBytes);
+  int64_t most = kMaxPairs;
+  if (most * pair_bytes > kTokenBytes) most = kTokenBytes / pair_bytes;
+  if (most < 1) most = 1;
+  // Each worker has tokens of its own as soon as these are enough to make weights for: its rows are then in
+  // its caches, as they are for the ops before and after.
+  const int64_t of_worker = (num_pairs + pool().num_threads() - 1) / pool().num_threads();
+  if (of_worker >= kPairsOfWorker && of_worker < most) most = of_worker;
+  PanelShares shares({output.num_panels(), Output::kPanelsOfLine},
+                     {x.num_tokens, kTileTokens, (num_pairs + most - 1) / most});
+  shares.run([&](int worker) { WorkerProduct<Weights, Output>(x, weights, output, shares, worker).run(); });
 }
 
 }  // namespace fs::FS_ISA
