@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How a matrix product over panels of 32 output rows is handed out: blocks of tokens times ranges of panels,
-// the same cut for any number of threads. A block's activations stay in the L2 cache while all weights pass
-// by once.
+// How a matrix product over panels of 32 output rows is handed out where it is not on tiles (panel_shares.h):
+// blocks of tokens times ranges of panels. A block's activations stay in the L2 cache while all weights pass
+// by once. A worker has neighbouring ranges: one stream of weights.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,18 @@ void for_panel_ranges(int64_t num_panels, int64_t num_tokens, int64_t token_byte
   if (per_range * panel_work < kMinRangeWork) per_range = kMinRangeWork / panel_work + 1;
   const int64_t num_ranges = (num_panels + per_range - 1) / per_range;
 
-  pool().parallel_for(num_blocks * num_ranges, [&](int64_t chunk, int) {
-    f(part(num_panels, num_ranges, chunk % num_ranges), part(num_tokens, num_blocks, chunk / num_ranges));
+  Shares shares(num_blocks * num_ranges);
+  shares.run([&](int worker) {
+    Span ranges;
+    while (shares.claim<Shares::kHalf>(worker, &ranges)) {
+      while (ranges.size() > 0) {  // those of one block of tokens at a time, as one
+        const int64_t block_index = ranges.begin / num_ranges, first = ranges.begin % num_ranges;
+        const int64_t end = first + ranges.size() < num_ranges ? first + ranges.size() : num_ranges;
+        f(Span{part(num_panels, num_ranges, first).begin, part(num_panels, num_ranges, end - 1).end},
+          part(num_tokens, num_blocks, block_index));
+        ranges.begin += end - first;
+      }
+    }
   });
 }
 

@@ -147,7 +147,7 @@ struct DequantizedPanels {
 
     [[gnu::always_inline]] void next(bf16* to) {
       constexpr int kBlockBytes = kBits == 4 ? 512 : 1024;
-      constexpr int kAhead = 2 * 1024;  // bytes of the stream: memory is always asked for something
+      constexpr int kAhead = 4 * kBlockBytes;  // of the stream: memory is always asked for something
       if (left_in_group_ == 0) {
         header_ = p_;
         p_ += header_bytes_;
