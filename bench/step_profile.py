@@ -124,6 +124,8 @@ def steps(
     for index, prompt in enumerate(prompts):
         engine.add_request(f"profile-{index}", prompt, params)
     while num_steps > 1 and engine.stats.num_computed_tokens < computed + sum(map(len, prompts)):
+        if not engine.has_work:
+            raise SystemExit("the engine ended all requests before their prompts were computed: its log says why")
         engine.step()
     measured = []
     if num_steps > 1:

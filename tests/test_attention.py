@@ -117,6 +117,41 @@ def test_same_bits_whether_a_prefix_is_shared(shape: Shape, isa: str) -> None:
         assert (bits(run_guarded("attention", alone)["out"]) == bits(unshared[begin:end])).all()
 
 
+DECODE_SHAPES = [
+    Shape(heads=3, kv_heads=1, dim=32, span=128, block_size=16, dtype=torch.bfloat16),
+    Shape(heads=4, kv_heads=2, dim=64, span=512, block_size=64, dtype=torch.bfloat16),
+    Shape(heads=2, kv_heads=2, dim=96, span=256, dtype=torch.bfloat16, window=300),
+    Shape(heads=4, kv_heads=1, dim=128, span=256, dtype=torch.bfloat16),
+    Shape(heads=6, kv_heads=2, dim=256, span=128, block_size=16, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("shape", DECODE_SHAPES, ids=lambda shape: f"D{shape.dim}-block{shape.block_size}")
+def test_decodes_have_the_bits_of_chunks(shape: Shape, isa: str) -> None:
+    """Decodes of one step in any order, between chunks, and groups of them over one prefix."""
+    _native.set_isa(isa)
+    _native.set_num_threads(1)
+    lengths = [513, 40, 1, 290, 32, 700, 257, 181]
+    rows = [min(length, 20) for length in lengths]
+    batch = arguments_for(torch.Generator().manual_seed(SEED), rows, lengths, shape)
+    whole = run_guarded("attention", batch)["out"].split(rows)
+    for order, chunk in [(range(8), None), (range(7, -1, -1), 3), ((5, 5, 5, 0, 0, 1), None), ((6, 2, 2, 3), 1)]:
+        starts, picked, want = [0], [], []
+        for place, request in enumerate(order):
+            count = rows[request] if place == chunk else 1
+            starts.append(starts[-1] + count)
+            picked.append(batch["q"].split(rows)[request][-count:])
+            want.append(whole[request][-count:])
+        arguments = {
+            "q": torch.cat(picked),
+            "kv_cache": batch["kv_cache"],
+            "block_tables": batch["block_tables"][list(order)],
+            **planned(starts, [lengths[request] for request in order], shape),
+        }
+        assert (bits(run_guarded("attention", arguments)["out"]) == bits(torch.cat(want))).all(), f"order {order}"
+
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 

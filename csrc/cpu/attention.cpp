@@ -196,23 +196,54 @@ class VectorSpans {
 
 #endif
 
+// The units of a worker, and a stream for those that it takes, if there is one for such spans.
+template <class Spans>
+class Worker {
+ public:
+  Worker(const Attention& op, const AttentionShape& shape) : unit_(op, shape) {}
+  void run(const PackedRows& rows, const PackedRows* following) { unit_.run(rows, following); }
+  void finish() {}
+
+ private:
+  Unit<Spans> unit_;
+};
+
+template <class Spans>
+  requires requires { typename Spans::Stream; }
+class Worker<Spans> {
+ public:
+  Worker(const Attention& op, const AttentionShape& shape)
+      : unit_(op, shape), stream_(op, shape, unit_.spans().tiles()) {}
+  void run(const PackedRows& rows, const PackedRows* following) {
+    if (stream_.takes(rows)) return stream_.push(rows);
+    stream_.drain();
+    unit_.run(rows, following);
+  }
+  void finish() { stream_.drain(); }
+
+ private:
+  Unit<Spans> unit_;
+  typename Spans::Stream stream_;
+};
+
 template <class Spans>
 void run_items(const Attention& op, const AttentionShape& shape) {
   UnitRuns runs(op, shape, Spans::kRowsPerTokenRead);
   pool().parallel_for(pool().num_threads(), [&](int64_t, int) {
     WorkerUnits units(runs);
-    Unit<Spans> unit(op, shape);
+    Worker<Spans> worker(op, shape);
     int64_t now, then;
     for (bool has = units.next(&now); has; now = then) {
       const PackedRows rows = runs.rows(now);
       has = units.next(&then);
       if (has) {
         const PackedRows following = runs.rows(then);
-        unit.run(rows, &following);
+        worker.run(rows, &following);
       } else {
-        unit.run(rows, nullptr);
+        worker.run(rows, nullptr);
       }
     }
+    worker.finish();
   });
 }
 

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/attention_amx_stream.h"
 #include "cpu/attention_amx_tiles.h"
 #include "cpu/attention_amx_weights.h"
 #include "cpu/attention_section.h"
@@ -30,6 +31,9 @@ class AmxSpans {
   static constexpr int64_t kL2Bytes = 1 << 20;
   // A token of one head takes 17 ns from memory at 15 GB/s, and a row of it a third of one.
   static constexpr int64_t kRowsPerTokenRead = 48;
+
+  using Stream = AmxStream;
+  AttentionTiles& tiles() { return tiles_; }
 
   // The head sizes that tiles take.
   static bool takes(int64_t head_dim) { return head_dim % kAmxDepth == 0; }
@@ -210,32 +214,10 @@ class AmxSpans {
     }
   }
 
-  // The values of each step: where they lie if one block holds them all and all are seen by somebody, else
-  // copied together, zero where nobody sees them.
   void find_values(const KvSection& section, int first, int end, TokenRange seen) {
     for (int step = first; step < end; ++step) {
-      const int64_t token = section.tokens.begin + step * kAmxDepth;
-      const bf16* const* halves = section.values + 2 * step;
-      if (token >= seen.begin && token + kAmxDepth <= seen.end && halves[1] == halves[0] + 16 * dim_) {
-        values_[step] = halves[0];
-        continue;
-      }
-      bf16* copy = copied_ + step * kAmxDepth * dim_;
-      values_[step] = copy;
-      for (int64_t i = 0; i < kAmxDepth; i += 2, copy += 2 * dim_) {
-        const bool is_first_seen = token + i >= seen.begin && token + i < seen.end;
-        const bool is_second_seen = token + i + 1 >= seen.begin && token + i + 1 < seen.end;
-        if (!is_first_seen && !is_second_seen) {
-          std::memset(copy, 0, static_cast<size_t>(2 * dim_) * sizeof(bf16));
-          continue;
-        }
-        const uint32_t kept = (is_first_seen ? 0xffffu : 0u) | (is_second_seen ? 0xffff0000u : 0u);
-        const __m512i mask = _mm512_set1_epi32(static_cast<int>(kept));
-        const bf16* values = halves[i / 16] + i % 16 * dim_;
-        for (int64_t d = 0; d < 2 * dim_; d += 32) {
-          _mm512_storeu_si512(copy + d, _mm512_and_si512(_mm512_loadu_si512(values + d), mask));
-        }
-      }
+      values_[step] = seen_values(section.values + 2 * step, section.tokens.begin + step * kAmxDepth, seen,
+                                  dim_, copied_ + step * kAmxDepth * dim_);
     }
   }
 

@@ -40,15 +40,13 @@ class AttentionTiles {
 
   // For products of at most so many rows; those of more than 16 work on whole tiles.
   void configure(int64_t max_rows) {
-    const int rows = static_cast<int>(max_rows < kAmxRows ? max_rows : kAmxRows);
-    if (rows == configured_) return;
-    configured_ = rows;
     // Tiles 0 to 3: sums of two by two tiles. 4, 5: left. 6, 7: right.
-    TileConfig config;
-    for (int i = 0; i < 6; ++i) config.set(i, rows);
-    for (int i = 6; i < 8; ++i) config.set(i, kAmxRows);
-    config.load();
+    configure(static_cast<int>(max_rows < kAmxRows ? max_rows : kAmxRows), 6);
   }
+
+  // The registers of whoever does products of one row of tiles by hand: all but the last, which is right,
+  // with so many rows.
+  void configure_all_but_last(int64_t rows) { configure(static_cast<int>(rows), 7); }
 
   // out[row][column] of kColumnTiles times 16 columns = the sum over `steps` of left[row][32 * step + k] *
   // right(step, column tile), tiles of 16 lines (pairs of k) x 16 columns x 2, right_line elements apart.
@@ -123,7 +121,17 @@ class AttentionTiles {
   }
 
  private:
-  int configured_ = 0;
+  void configure(int rows, int num_of_rows) {
+    if (rows == rows_ && num_of_rows == num_of_rows_) return;
+    rows_ = rows;
+    num_of_rows_ = num_of_rows;
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) config.set(i, i < num_of_rows ? rows : kAmxRows);
+    config.load();
+  }
+
+  int rows_ = 0;
+  int num_of_rows_ = 0;  // the first registers have rows_ rows, the others are whole
 };
 
 #else
@@ -135,6 +143,7 @@ class AttentionTiles {
   AttentionTiles& operator=(const AttentionTiles&) = delete;
 
   void configure(int64_t max_rows) { configured_ = max_rows < kAmxRows ? max_rows : kAmxRows; }
+  void configure_all_but_last(int64_t rows) { configured_ = rows; }
 
   template <int kColumnTiles = 2, class Right>
   void multiply(float* out, int64_t out_stride, const bf16* left, int64_t left_stride, int64_t num_rows,

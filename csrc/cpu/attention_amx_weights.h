@@ -70,6 +70,28 @@ inline __m512i round_to_bf16(vf lower, vf upper) {
 #endif
 }
 
+// The maximum of a row, lane by lane.
+class RowMaximum {
+ public:
+  // Of the 32 scores at `score`, those in `seen`.
+  template <bool kAll>
+  __attribute__((always_inline)) void add(const float* score, [[maybe_unused]] uint32_t seen) {
+    if constexpr (kAll) {
+      lower_ = fs::FS_ISA::max(lower_, load(score));
+      upper_ = fs::FS_ISA::max(upper_, load(score + kLanes));
+    } else {
+      lower_ = {_mm512_mask_max_ps(lower_.v, static_cast<__mmask16>(seen), lower_.v, load(score).v)};
+      upper_ = {
+          _mm512_mask_max_ps(upper_.v, static_cast<__mmask16>(seen >> 16), upper_.v, load(score + kLanes).v)};
+    }
+  }
+  float value() const { return _mm512_reduce_max_ps(fs::FS_ISA::max(lower_, upper_).v); }
+
+ private:
+  vf lower_ = set1(-__builtin_inff());
+  vf upper_ = set1(-__builtin_inff());
+};
+
 // Rows of scores of one section of keys, steps [first, end) of 32, and where their weights go.
 struct ScoreRows {
   static constexpr int kKeys = 256;
@@ -107,63 +129,52 @@ struct ScoreRows {
     }
   }
 
+  // The weights of row i for a step of 32 keys, 0 for those that are not in `seen`; shift: less its maximum.
+  __attribute__((always_inline)) void weigh_step(int64_t i, int step, vf shift, uint32_t seen) const {
+    const float* score = scores + i * kScoreStride + step * kAmxDepth;
+    const vf a = weight_of(load(score), set1(scale), shift, static_cast<__mmask16>(seen));
+    const vf b = weight_of(load(score + kLanes), set1(scale), shift, static_cast<__mmask16>(seen >> 16));
+    _mm512_storeu_si512(weights + i * kWeightStride + step * kAmxDepth, round_to_bf16(a, b));
+  }
+
+  // Which of the 32 keys from `token` on are visible.
+  static uint32_t visible_keys(TokenRange visible, int64_t token) {
+    const int64_t from = visible.begin - token;
+    const int64_t to = visible.end - token;
+    if (from >= 32 || to <= 0) return 0;
+    const uint32_t below_end = to >= 32 ? ~0u : (1u << to) - 1;
+    return from <= 0 ? below_end : below_end & ~((1u << from) - 1);
+  }
+
  private:
   template <int kRows, bool kAll, class F>
   __attribute__((always_inline)) void weigh_rows(int64_t i, const TokenRange* visible, int64_t at, float* max,
                                                  const F& between) const {
-    const float* from = scores + i * kScoreStride;
-    bf16* to = weights + i * kWeightStride;
     const auto seen = [&](int r, int step) __attribute__((always_inline)) {
-      if constexpr (kAll) return ~0u;
-      const int64_t token = at + step * kAmxDepth;
-      return visible_keys(visible[i + r].begin - token, visible[i + r].end - token);
+      return kAll ? ~0u : visible_keys(visible[i + r], at + step * kAmxDepth);
     };
-    vf lower[kRows];
-    vf upper[kRows];
-    for (int r = 0; r < kRows; ++r) lower[r] = upper[r] = set1(-__builtin_inff());
+    RowMaximum highest[kRows];
     for (int step = first; step < end; ++step) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const float* score = from + r * kScoreStride + step * kAmxDepth;
-        const uint32_t mask = seen(r, step);
-        if constexpr (kAll) {
-          lower[r] = fs::FS_ISA::max(lower[r], load(score));
-          upper[r] = fs::FS_ISA::max(upper[r], load(score + kLanes));
-        } else {
-          lower[r] = {
-              _mm512_mask_max_ps(lower[r].v, static_cast<__mmask16>(mask), lower[r].v, load(score).v)};
-          upper[r] = {_mm512_mask_max_ps(upper[r].v, static_cast<__mmask16>(mask >> 16), upper[r].v,
-                                         load(score + kLanes).v)};
-        }
+        highest[r].template add<kAll>(scores + (i + r) * kScoreStride + step * kAmxDepth, seen(r, step));
       }
     }
     vf shift[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      float top = _mm512_reduce_max_ps(fs::FS_ISA::max(lower[r], upper[r]).v) * scale;
+      float top = highest[r].value() * scale;
       if (!kAll && visible[i + r].begin >= visible[i + r].end) top = -__builtin_inff();
       max[i + r] = top;
       shift[r] = set1(-top);
     }
-    const vf scales = set1(scale);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       for (int step = first; step < end; ++step) {
         between();
-        const float* score = from + r * kScoreStride + step * kAmxDepth;
-        const uint32_t mask = seen(r, step);
-        const vf a = weight_of(load(score), scales, shift[r], static_cast<__mmask16>(mask));
-        const vf b = weight_of(load(score + kLanes), scales, shift[r], static_cast<__mmask16>(mask >> 16));
-        _mm512_storeu_si512(to + r * kWeightStride + step * kAmxDepth, round_to_bf16(a, b));
+        weigh_step(i + r, step, shift[r], seen(r, step));
       }
     }
-  }
-
-  // Bits [from, to) of 32.
-  static uint32_t visible_keys(int64_t from, int64_t to) {
-    if (from >= 32 || to <= 0) return 0;
-    const uint32_t below_end = to >= 32 ? ~0u : (1u << to) - 1;
-    return from <= 0 ? below_end : below_end & ~((1u << from) - 1);
   }
 };
 

@@ -9,6 +9,7 @@
 #if defined(FS_SIMD_AMX)
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/attention_amx_tiles.h"
 #include "cpu/attention_unit.h"
@@ -68,6 +69,32 @@ struct KvSection {
     }
   }
 };
+
+// The values of a step of 32 tokens: where they lie if one block holds them all and all are seen, else copied
+// together to `copy`, zero where nobody sees them.
+inline const bf16* seen_values(const bf16* const* halves, int64_t token, TokenRange seen, int64_t head_dim,
+                               bf16* copy) {
+  if (token >= seen.begin && token + kAmxDepth <= seen.end && halves[1] == halves[0] + 16 * head_dim) {
+    return halves[0];
+  }
+  bf16* to = copy;
+  for (int64_t i = 0; i < kAmxDepth; i += 2, to += 2 * head_dim) {
+    const bool is_first_seen = token + i >= seen.begin && token + i < seen.end;
+    const bool is_second_seen = token + i + 1 >= seen.begin && token + i + 1 < seen.end;
+    if (!is_first_seen && !is_second_seen) {
+      std::memset(to, 0, static_cast<size_t>(2 * head_dim) * sizeof(bf16));
+      continue;
+    }
+    const uint32_t kept = (is_first_seen ? 0xffffu : 0u) | (is_second_seen ? 0xffff0000u : 0u);
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(kept));
+    const bf16* values = halves[i / 16] + i % 16 * head_dim;
+    for (int64_t d = 0; d < 2 * head_dim; d += 32) {
+      _mm512_storeu_si512(to + d, _mm512_and_si512(_mm512_loadu_si512(values + d), mask));
+    }
+  }
+  asm volatile("" ::: "memory");  // tiles are loaded from there
+  return copy;
+}
 
 // Asks for the keys or the values of a section little by little, in lots of four lines, alternating between
 // two steps: memory gives two streams of addresses at a time more than one.

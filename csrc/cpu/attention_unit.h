@@ -96,10 +96,75 @@ struct PartialsMemory {
   Partials partials(int64_t stride) { return {out, stride, max, sum}; }
 };
 
+// The results of some packed rows of a unit, span after span: written, folded or stored as the plan says.
+template <int kMaxRows>
+class SpanResults {
+ public:
+  explicit SpanResults(const AttentionShape& shape)
+      : dim_(shape.head_dim),
+        buffers_{memory_[0].partials(shape.stride), memory_[1].partials(shape.stride)} {}
+
+  // Of rows [first, first + count) over consecutive spans from first_span on.
+  void begin(int64_t first, int64_t count, int64_t first_span) {
+    first_ = first;
+    count_ = count;
+    first_span_ = span_ = first_span;
+    has_folded_ = false;
+  }
+
+  // Where the partials of the next span go, before add() is called.
+  const Partials& next() const { return buffers_[has_folded_ ? 1 : 0]; }
+
+  void add(const PackedRows& rows) {
+    if (rows.item.num_parts > 1) {
+      store(rows, span_ - rows.item.kv_begin / rows.op.span, next());
+    } else if (!has_folded_) {
+      has_folded_ = true;
+    } else {
+      fold_rows(count_, [&](int64_t r) { return buffers_[0].row(r); }, buffers_[1], dim_);
+    }
+    span_ += 1;
+  }
+
+  void finish(const PackedRows& rows) const {
+    if (rows.item.num_parts > 1) return;
+    const Partials& folded = buffers_[0];
+    if (rows.item.num_parts == 1) {
+      if (first_span_ == rows.item.kv_begin / rows.op.span) return store(rows, 0, folded);
+      Partial stored[kMaxRows];
+      rows.for_each(first_, count_,
+                    [&](int64_t r, int64_t token, int64_t head) { stored[r] = rows.stored(token, head, 0); });
+      return fold_rows(count_, [&](int64_t r) { return stored[r]; }, folded, dim_);
+    }
+    visit_output(rows.op, [&](auto* tag) {
+      using Out = std::remove_pointer_t<decltype(tag)>;
+      rows.for_each(first_, count_, [&](int64_t r, int64_t token, int64_t head) {
+        write_output(rows.out<Out>(token, head), folded.row(r), dim_);
+      });
+    });
+  }
+
+ private:
+  void store(const PackedRows& rows, int64_t part, const Partials& partials) const {
+    rows.for_each(first_, count_, [&](int64_t r, int64_t token, int64_t head) {
+      const Partial to = rows.stored(token, head, part);
+      std::memcpy(to.out, partials.out + r * partials.stride, static_cast<size_t>(dim_) * sizeof(float));
+      *to.max = partials.max[r];
+      *to.sum = partials.sum[r];
+    });
+  }
+
+  int64_t dim_;
+  PartialsMemory<kMaxRows> memory_[2];
+  const Partials buffers_[2];  // the first has what was folded, if anything was
+  int64_t first_ = 0, count_ = 0, first_span_ = 0, span_ = 0;
+  bool has_folded_ = false;
+};
+
 template <class Spans>
 class Unit {
  public:
-  Unit(const Attention& op, const AttentionShape& shape) : shape_(shape), spans_(op, shape) {}
+  Unit(const Attention& op, const AttentionShape& shape) : spans_(op, shape), results_(shape) {}
 
   // `following` may be nullptr.
   void run(const PackedRows& rows, const PackedRows* following) {
@@ -115,64 +180,23 @@ class Unit {
     const int64_t spans = stays ? end_span - first_span : 1;
     for (int64_t s = first_span; s < end_span; s += spans) {
       for (int64_t row = 0; row < num_packed; row += kStep) {
-        run_rows(rows, following, row, num_packed - row < kStep ? num_packed - row : kStep, s, s + spans);
+        const int64_t count = num_packed - row < kStep ? num_packed - row : kStep;
+        spans_.begin(rows, following, row, count);
+        results_.begin(row, count, s);
+        for (int64_t of_rows = s; of_rows < s + spans; ++of_rows) {
+          spans_.attend_span(of_rows * span, results_.next());
+          results_.add(rows);
+        }
+        results_.finish(rows);
       }
     }
   }
+
+  Spans& spans() { return spans_; }
 
  private:
-  // Rows [first, first + count) over the spans [first_span, end_span) of the item.
-  void run_rows(const PackedRows& rows, const PackedRows* following, int64_t first, int64_t count,
-                int64_t first_span, int64_t end_span) {
-    spans_.begin(rows, following, first, count);
-    const AttentionItem& item = rows.item;
-    const int64_t dim = shape_.head_dim;
-    const int64_t span = rows.op.span;
-    const int64_t item_span = item.kv_begin / span;
-    const Partials buffers[2] = {memory_[0].partials(shape_.stride), memory_[1].partials(shape_.stride)};
-    const Partials* folded = nullptr;
-    const Partials* current = &buffers[0];
-    for (int64_t s = first_span; s < end_span; ++s) {
-      spans_.attend_span(s * span, *current);
-      if (item.num_parts > 1) {
-        store_partials(rows, first, count, s - item_span, *current);
-      } else if (folded == nullptr) {
-        folded = current;
-        current = &buffers[1];
-      } else {
-        fold_rows(count, [&](int64_t r) { return folded->row(r); }, *current, dim);
-      }
-    }
-    if (item.num_parts > 1) return;
-    if (item.num_parts == 1) {
-      if (first_span == item_span) return store_partials(rows, first, count, 0, *folded);
-      Partial stored[Spans::kBlockRows];
-      rows.for_each(first, count,
-                    [&](int64_t r, int64_t token, int64_t head) { stored[r] = rows.stored(token, head, 0); });
-      return fold_rows(count, [&](int64_t r) { return stored[r]; }, *folded, dim);
-    }
-    visit_output(rows.op, [&](auto* tag) {
-      using Out = std::remove_pointer_t<decltype(tag)>;
-      rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
-        write_output(rows.out<Out>(token, head), folded->row(r), dim);
-      });
-    });
-  }
-
-  void store_partials(const PackedRows& rows, int64_t first, int64_t count, int64_t part,
-                      const Partials& partials) const {
-    rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
-      const Partial to = rows.stored(token, head, part);
-      std::memcpy(to.out, partials.out + r * partials.stride,
-                  static_cast<size_t>(shape_.head_dim) * sizeof(float));
-      *to.max = partials.max[r];
-      *to.sum = partials.sum[r];
-    });
-  }
-
-  const AttentionShape& shape_;
   Spans spans_;
-  PartialsMemory<Spans::kBlockRows> memory_[2];
+  SpanResults<Spans::kBlockRows> results_;
 };
 
 // The rows of one merge.
