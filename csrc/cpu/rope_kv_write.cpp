@@ -9,6 +9,7 @@
 
 #include "cpu/kv_layout.h"
 #include "cpu/parallel.h"
+#include "cpu/round.h"
 #include "cpu/weights.h"
 #include "ops/ops.h"
 
@@ -31,7 +32,8 @@ void norm_head(float* out, const float* x, const float* weight, int64_t dim, flo
 }
 
 // (a, b) -> (a cos - b sin, b cos + a sin) with a and b the halves of x. out may be x.
-void rotate_head(float* out, const float* x, const float* cos_sin, int64_t dim) {
+template <class Out>
+void rotate_head(Out* out, const float* x, const float* cos_sin, int64_t dim) {
   const int64_t half = dim / 2;
   const float* cos = cos_sin;
   const float* sin = cos_sin + half;
@@ -45,53 +47,98 @@ void rotate_head(float* out, const float* x, const float* cos_sin, int64_t dim) 
   for (; d < half; ++d) {
     const float a = x[d];
     const float b = x[half + d];
-    out[d] = a * cos[d] - b * sin[d];
-    out[half + d] = b * cos[d] + a * sin[d];
+    store_one(out + d, a * cos[d] - b * sin[d]);
+    store_one(out + half + d, b * cos[d] + a * sin[d]);
   }
 }
 
-// Keys and values of one KV head for `count` tokens, the first one `offset` tokens into its block: keys in
-// rows of kMaxHeadDim, values in rows of `stride`. What lies in one line of memory is written together: a
-// line of keys has several tokens. Only the bytes of these tokens are written: another thread may write the
-// other token of a pair.
-void write_head(const KvCache<float>& cache, int64_t block, int64_t offset, int64_t head, int64_t count,
-                const float* keys, const float* values, int64_t stride) {
-  const int64_t dim = cache.head_dim;
-  float* to = cache.keys(block, head) + key_index<float>(offset, 0, cache.block_size);
-  for (int64_t d = 0; d < dim; ++d, to += cache.block_size) {
-    for (int64_t i = 0; i < count; ++i) to[i] = keys[i * kMaxHeadDim + d];
+// Tokens [begin, end) that go to one block, one behind the other, or one that is kept nowhere: `block` is -1.
+struct Run {
+  int64_t begin, end, block, offset;
+
+  int64_t count() const { return end - begin; }
+};
+
+// The run that begins with token `begin`, below `end`.
+Run run_from(const int32_t* slots, int64_t begin, int64_t end, int64_t block_size) {
+  if (slots[begin] < 0) return {begin, begin + 1, -1, 0};  // padding
+  Run run{begin, begin + 1, slots[begin] / block_size, slots[begin] % block_size};
+  while (run.end < end && slots[run.end] == slots[begin] + run.count() && slots[run.end] % block_size != 0) {
+    run.end += 1;
   }
-  to = cache.values(block, head) + value_index<float>(offset, 0, dim);
-  for (int64_t i = 0; i < count; ++i) {
+  return run;
+}
+
+// The next functions write keys or values of one KV head: keys from rows of kMaxHeadDim, values from rows of
+// `stride`. What lies in one line of memory is written together: a line of keys has several tokens. Only the
+// bytes of these tokens are written: another thread may write the other token of a pair.
+
+void write_keys(const KvCache<float>& cache, const Run& run, int64_t head, const float* keys) {
+  float* to = cache.keys(run.block, head) + key_index<float>(run.offset, 0, cache.block_size);
+  for (int64_t d = 0; d < cache.head_dim; ++d, to += cache.block_size) {
+    for (int64_t i = 0; i < run.count(); ++i) to[i] = keys[i * kMaxHeadDim + d];
+  }
+}
+void write_values(const KvCache<float>& cache, const Run& run, int64_t head, const float* values,
+                  int64_t stride) {
+  const int64_t dim = cache.head_dim;
+  float* to = cache.values(run.block, head) + value_index<float>(run.offset, 0, dim);
+  for (int64_t i = 0; i < run.count(); ++i) {
     std::memcpy(to + i * dim, values + i * stride, static_cast<size_t>(dim) * sizeof(float));
   }
 }
-void write_head(const KvCache<bf16>& cache, int64_t block, int64_t offset, int64_t head, int64_t count,
-                const float* keys, const float* values, int64_t stride) {
-  const int64_t dim = cache.head_dim;
-  alignas(64) bf16 rounded[kTokensPerChunk * kMaxHeadDim];
-  for (int64_t i = 0; i < count * kMaxHeadDim; i += kMaxHeadDim) {
-    for (int64_t d = 0; d < dim; ++d) rounded[i + d] = to_bf16(keys[i + d]);
-  }
-  bf16* to = cache.keys(block, head) + key_index<bf16>(offset, 0, cache.block_size);
+
+void write_keys(const KvCache<bf16>& cache, const Run& run, int64_t head, const bf16* keys) {
+  bf16* to = cache.keys(run.block, head) + key_index<bf16>(run.offset, 0, cache.block_size);
   const int64_t line = key_index<bf16>(0, 2, cache.block_size);
-  for (int64_t d = 0; d < dim; d += 2, to += line) {
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(to + 2 * i, rounded + i * kMaxHeadDim + d, 2 * sizeof(bf16));
+  for (int64_t d = 0; d < cache.head_dim; d += 2, to += line) {
+    for (int64_t i = 0; i < run.count(); ++i) {
+      std::memcpy(to + 2 * i, keys + i * kMaxHeadDim + d, 2 * sizeof(bf16));
     }
   }
-  for (int64_t i = 0; i < count;) {
-    to = cache.values(block, head) + value_index<bf16>(offset + i, 0, dim);
-    const float* from = values + i * stride;
-    if ((offset + i) % 2 == 0 && i + 1 < count) {
+}
+
+void round_row(bf16* to, const float* from, int64_t dim) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+  for (; d < dim; ++d) to[d] = to_bf16(from[d]);
+}
+
+// The values of one token: the first or the second places of pairs, `second` is 0 or 1.
+void write_half_pairs(bf16* pairs, int second, const bf16* values, int64_t dim) {
+  int64_t d = 0;
+#if defined(FS_SIMD_AVX512) && !defined(FS_SIMD_EMULATED)
+  for (; d + 16 <= dim; d += 16) {
+    const __m512i words =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + d)));
+    if (second == 0) {
+      _mm512_mask_storeu_epi16(pairs + 2 * d, 0x55555555u, words);
+    } else {
+      _mm512_mask_storeu_epi16(pairs + 2 * d, 0xaaaaaaaau, _mm512_slli_epi32(words, 16));
+    }
+  }
+#endif
+  for (; d < dim; ++d) pairs[2 * d + second] = values[d];
+}
+
+void write_values(const KvCache<bf16>& cache, const Run& run, int64_t head, const float* values,
+                  int64_t stride) {
+  const int64_t dim = cache.head_dim;
+  alignas(64) bf16 rounded[2][kMaxHeadDim];
+  for (int64_t i = 0; i < run.count();) {
+    const int64_t second = (run.offset + i) % 2;
+    bf16* pairs = cache.values(run.block, head) + value_index<bf16>(run.offset + i - second, 0, dim);
+    round_row(rounded[0], values + i * stride, dim);
+    if (second == 1 || i + 1 == run.count()) {
+      write_half_pairs(pairs, static_cast<int>(second), rounded[0], dim);
+      i += 1;
+    } else {
+      round_row(rounded[1], values + (i + 1) * stride, dim);
       for (int64_t d = 0; d < dim; ++d) {
-        to[2 * d] = to_bf16(from[d]);
-        to[2 * d + 1] = to_bf16(from[stride + d]);
+        pairs[2 * d] = rounded[0][d];
+        pairs[2 * d + 1] = rounded[1][d];
       }
       i += 2;
-    } else {
-      for (int64_t d = 0; d < dim; ++d) to[2 * d] = to_bf16(from[d]);
-      i += 1;
     }
   }
 }
@@ -122,11 +169,22 @@ const float* norm_weight(const Tensor& weight, float* buffer) {
   return buffer;
 }
 
-// How many of the next tokens, up to `most`, go to one block, one behind the other.
-int64_t tokens_in_line(const int32_t* slots, int64_t most, int64_t block_size) {
-  int64_t count = 1;
-  while (count < most && slots[count] == slots[0] + count && slots[count] % block_size != 0) ++count;
-  return count;
+// Lines of the cache that a run is written to: each of a decode's lies apart from the others and far from any
+// that was used of late.
+template <class KV>
+__attribute__((always_inline)) inline void ask_for_lines(const KvCache<KV>& cache, const Run& run) {
+  if (run.block < 0) return;
+  constexpr int64_t kDims = 4 / sizeof(KV), kTokensInLine = 16, kInLine = 64 / sizeof(KV);
+  const int64_t dim = cache.head_dim, last = run.offset + run.count() - 1;
+  for (int64_t head = 0; head < cache.num_heads; ++head) {
+    const KV* keys = cache.keys(run.block, head);
+    for (int64_t token = run.offset - run.offset % kTokensInLine; token <= last; token += kTokensInLine) {
+      for (int64_t d = 0; d < dim; d += kDims) prefetch(keys + key_index<KV>(token, d, cache.block_size));
+    }
+    const KV* values = cache.values(run.block, head);
+    const KV* end = values + value_index<KV>(last, dim - 1, dim) + 1;
+    for (const KV* at = values + value_index<KV>(run.offset, 0, dim); at < end; at += kInLine) prefetch(at);
+  }
 }
 
 template <class KV>
@@ -138,33 +196,29 @@ void rotate_and_write(const RopeKvWrite& op, const float* q_norm, const float* k
     return op.cos_sin.ptr<const float>() + op.positions.ptr<const int32_t>()[token] * dim;
   };
   parallel_rows(op.q.shape[0], kTokensPerChunk, [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t head = 0; head < op.q.shape[1]; ++head) {
-        float* q = op.q.ptr<float>() + t * op.q.stride[0] + head * dim;
-        if (q_norm != nullptr) norm_head(q, q, q_norm, dim, op.eps);
-        rotate_head(q, q, cos_sin(t), dim);
-      }
-    }
-    alignas(64) float keys[kTokensPerChunk * kMaxHeadDim];
-    for (int64_t t = begin; t < end;) {
-      if (slots[t] < 0) {  // padding: nothing to keep
-        t += 1;
-        continue;
-      }
-      const int64_t block = slots[t] / cache.block_size;
-      const int64_t offset = slots[t] % cache.block_size;
-      const int64_t count = tokens_in_line(slots + t, end - t, cache.block_size);
-      for (int64_t head = 0; head < cache.num_heads; ++head) {
-        for (int64_t i = 0; i < count; ++i) {
-          const float* k = op.k.ptr<const float>() + (t + i) * op.k.stride[0] + head * dim;
-          float* key = keys + i * kMaxHeadDim;
-          if (k_norm != nullptr) norm_head(key, k, k_norm, dim, op.eps);
-          rotate_head(key, k_norm != nullptr ? key : k, cos_sin(t + i), dim);
+    alignas(64) KV keys[kTokensPerChunk * kMaxHeadDim];
+    alignas(64) float normed[kMaxHeadDim];
+    for (Run run{begin, begin, -1, 0}; run.end < end;) {
+      run = run_from(slots, run.end, end, cache.block_size);
+      ask_for_lines(cache, run);
+      for (int64_t t = run.begin; t < run.end; ++t) {
+        for (int64_t head = 0; head < op.q.shape[1]; ++head) {
+          float* q = op.q.ptr<float>() + t * op.q.stride[0] + head * dim;
+          if (q_norm != nullptr) norm_head(q, q, q_norm, dim, op.eps);
+          rotate_head(q, q, cos_sin(t), dim);
         }
-        const float* values = op.v.ptr<const float>() + t * op.v.stride[0] + head * dim;
-        write_head(cache, block, offset, head, count, keys, values, op.v.stride[0]);
       }
-      t += count;
+      if (run.block < 0) continue;
+      for (int64_t head = 0; head < cache.num_heads; ++head) {
+        for (int64_t t = run.begin; t < run.end; ++t) {
+          const float* k = op.k.ptr<const float>() + t * op.k.stride[0] + head * dim;
+          if (k_norm != nullptr) norm_head(normed, k, k_norm, dim, op.eps);
+          rotate_head(keys + (t - run.begin) * kMaxHeadDim, k_norm != nullptr ? normed : k, cos_sin(t), dim);
+        }
+        write_keys(cache, run, head, keys);
+        const float* values = op.v.ptr<const float>() + run.begin * op.v.stride[0] + head * dim;
+        write_values(cache, run, head, values, op.v.stride[0]);
+      }
     }
   });
 }
