@@ -44,6 +44,21 @@ def test_the_reference_gives_the_published_philox_vectors() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("isa", _native.isas())
+def test_what_is_no_number_is_found_wherever_it_lies(isa: str) -> None:
+    _native.set_isa(isa)
+    vocab = 150  # two blocks of 64, and a rest
+    logits = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(4))
+    logits[:, ::7] = -torch.inf
+    logits[:, 1::9] = -torch.finfo(torch.float32).max
+    for value, expected in [
+        (torch.nan, [-1] * vocab),
+        (torch.inf, [-1] * vocab),
+        (torch.finfo(torch.float32).max, list(range(vocab))),
+    ]:
+        assert sample(logits.diagonal_scatter(torch.full((vocab,), value)), [RowParams()] * vocab) == expected
+
+
 # --- which tokens are kept ---
 
 TIES = [2.0, 3.0, 3.0, 1.0, 3.0, 2.0]  # order: 1 2 4 | 0 5 | 3

@@ -270,12 +270,23 @@ inline float reduce_add(vf x) {
 #endif
 }
 inline float reduce_max(vf x) {
+#if defined(FS_SIMD_AVX512) || defined(FS_SIMD_AVX2)
+#if defined(FS_SIMD_AVX512)
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+  const __m256 half = x.v;
+#endif
+  __m128 most = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+  return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+#else
   float lanes[kLanes];
   store(lanes, x);
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   }
   return lanes[0];
+#endif
 }
 
 // 2^f for f in [-0.5, 0.5], by the Taylor coefficients of exp(f ln 2), ln2^k / k!.

@@ -99,18 +99,6 @@ inline vf exp2_of_negative(vf x) {
 #endif
 }
 
-inline float highest_lane(vf x) {
-#if defined(FS_SIMD_AVX512)
-  return _mm512_reduce_max_ps(x.v);
-#elif defined(FS_SIMD_AVX2)
-  __m128 half = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
-  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-#else
-  return reduce_max(x);
-#endif
-}
-
 // sums[r][n] += factors[r] * x[n], where row r's factor lies r strides behind the first.
 template <int Rows, int Vectors>
 [[gnu::always_inline]] inline void add_products(vf (&sums)[Rows * Vectors], const float* factors,
@@ -181,7 +169,7 @@ void softmax(const RowGroup& group, int first_vector, int end_vector, float* sco
         highest = fs::FS_ISA::max(highest, load(row + v * kLanes));
       }
     }
-    const float tile_max = highest_lane(highest);
+    const float tile_max = reduce_max(highest);
     const float old_max = group.max[r];
     const float new_max = old_max > tile_max ? old_max : tile_max;  // NaN if the tile's is
     if (group.begin[r] < group.end[r]) {

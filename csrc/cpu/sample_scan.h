@@ -36,25 +36,40 @@ inline float max_of(const float* row, int64_t count) {
   return max;
 }
 
-inline float max_of_block(const float* row) {
-  vf a = max(load(row), load(row + kLanes));
-  vf b = max(load(row + 2 * kLanes), load(row + 3 * kLanes));
-  for (int64_t i = 4 * kLanes; i < kBlock; i += 4 * kLanes) {
-    a = max(a, max(load(row + i), load(row + i + kLanes)));
-    b = max(b, max(load(row + i + 2 * kLanes), load(row + i + 3 * kLanes)));
+// The largest of a block, and in `wrong` a NaN if the block, or one before it, has a NaN or +infinity: of any
+// other number, or the lowest instead of it, 0 times it is 0.
+inline float max_of_block(const float* row, vf (&wrong)[2]) {
+  vf max_a = load(row), max_b = load(row + kLanes);
+  const vf lowest = set1(-kLargestFloat);
+  for (int64_t i = 0; i < kBlock; i += 2 * kLanes) {
+    const vf a = load(row + i), b = load(row + i + kLanes);
+    max_a = max(max_a, a);
+    max_b = max(max_b, b);
+    wrong[0] =
+        fma(max(lowest, a), zero(), wrong[0]);  // of two operands, one of them NaN, max gives the second
+    wrong[1] = fma(max(lowest, b), zero(), wrong[1]);
   }
-  return reduce_max(max(a, b));
+  return reduce_max(max(max_a, max_b));
 }
 
 inline Scan scan(const float* row, int64_t vocab, float* block_max) {
+  constexpr int64_t kAhead = 8 * kBlock;  // 2 KB: the processor itself stops at every 4 KB
   Scan result{kMinusInfinity, true};
+  vf wrong[2] = {zero(), zero()};
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const bool whole = begin + kBlock <= vocab;
-    const float max = whole ? max_of_block(row + begin) : max_of(row + begin, vocab - begin);
+    float max;
+    if (begin + kBlock <= vocab) {
+      for (int64_t i = 0; i < kBlock; i += 16) prefetch(row + begin + kAhead + i);
+      max = max_of_block(row + begin, wrong);
+    } else {
+      max = max_of(row + begin, vocab - begin);
+      result.sound = is_sound(row + begin, vocab - begin);
+    }
     block_max[begin / kBlock] = max;
     result.max = max > result.max ? max : result.max;
-    result.sound &= whole ? is_sound(row + begin, kBlock) : is_sound(row + begin, vocab - begin);
   }
+  const float sum = reduce_add(wrong[0] + wrong[1]);
+  result.sound &= sum == sum;
   return result;
 }
 
