@@ -215,7 +215,7 @@ class Worker<Spans> {
   Worker(const Attention& op, const AttentionShape& shape)
       : unit_(op, shape), stream_(op, shape, unit_.spans().tiles()) {}
   void run(const PackedRows& rows, const PackedRows* following) {
-    if (stream_.takes(rows)) return stream_.push(rows);
+    if (stream_.takes(rows)) return stream_.push(rows, following);
     stream_.drain();
     unit_.run(rows, following);
   }

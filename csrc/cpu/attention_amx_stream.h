@@ -46,8 +46,9 @@ class AmxStream {
            (seen.end - 1) / span == (rows.item.kv_end - 1) / span;
   }
 
-  // Takes up a unit, whose results may be there only after more of them, or after drain().
-  void push(const PackedRows& rows) {
+  // Takes up a unit, whose results may be there only after more of them, or after drain(). `following`, the
+  // worker's next unit, may be nullptr.
+  void push(const PackedRows& rows, const PackedRows* following) {
     if (rows.count() != num_rows_) {
       drain();
       num_rows_ = rows.count();
@@ -57,6 +58,7 @@ class AmxStream {
     of.item = &rows.item;
     of.kv_head = rows.kv_head;
     round_queries(rows, of);
+    if (following != nullptr) ask_for(*following);
     const TokenRange seen = rows.visible(0);
     for (int64_t at = rows.item.kv_begin / op_.span * op_.span; at < seen.end;) {
       Task& task = tasks_[next_task_++ % kInFlight];
@@ -110,6 +112,17 @@ class AmxStream {
         const __m512i q = round_to_bf16(load(from + d), load(from + d + kLanes));
         _mm512_storeu_si512(to.q + r * dim + d, _mm512_xor_si512(q, sign));
       }
+    });
+  }
+
+  // The queries and blocks of a unit, which another core may have made, or keys and values of others driven
+  // out of this one's cache.
+  void ask_for(const PackedRows& rows) const {
+    prefetch(rows.block_table() + rows.item.kv_begin / shape_.block_size);
+    const int64_t count = rows.count() < kMaxRows ? rows.count() : kMaxRows;
+    rows.for_each(0, count, [&](int64_t, int64_t token, int64_t head) {
+      const float* q = rows.query(token, head);
+      for (int64_t d = 0; d < shape_.head_dim; d += 16) prefetch(q + d);
     });
   }
 
