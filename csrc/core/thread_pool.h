@@ -2,11 +2,11 @@
 //
 // The one pool of threads that native ops run on.
 //
-// Work is cut into chunks by the op, never by the number of threads, so results cannot depend on it. Chunks
-// are claimed one by one from an atomic word; the calling thread works too and at the end waits only for
-// chunks that another thread has already claimed. A worker without work spins for about 50 us and then parks:
-// waking a parked core costs about as much, so parking belongs between steps and not between the ops of one
-// step.
+// Chunks are claimed one by one from an atomic word; the calling thread works too and at the end waits only
+// for chunks that another thread has already claimed. An op may cut its work by the number of threads
+// (cpu/shares.h): its results must not depend on where, which the same-tokens promise rests on. A worker
+// without work spins for about 50 us and then parks: waking a parked core costs about as much, so parking
+// belongs between steps and not between the ops of one step.
 #pragma once
 
 #include <cstdint>

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/attention_amx_queries.h"
 #include "cpu/attention_amx_stream.h"
 #include "cpu/attention_amx_tiles.h"
 #include "cpu/attention_amx_weights.h"
@@ -38,12 +39,9 @@ class AmxSpans {
   // The head sizes that tiles take.
   static bool takes(int64_t head_dim) { return head_dim % kAmxDepth == 0; }
 
-  AmxSpans(const Attention& op, const AttentionShape& shape) : cache_(op.kv_cache) {
+  AmxSpans(const Attention& op, const AttentionShape& shape) : cache_(op.kv_cache), queries_(op) {
     dim_ = shape.head_dim;
     size_ = shape.block_size;
-    const float scale = op.scale * 1.44269504f;  // 2^(q . k * scale) = exp(op.scale * q . k)
-    is_negative_ = scale < 0;
-    scale_ = is_negative_ ? -scale : scale;
   }
 
   void begin(const PackedRows& rows, const PackedRows* following, int64_t first, int64_t count) {
@@ -57,15 +55,9 @@ class AmxSpans {
       kv_head_ = rows.kv_head;
     }
     tiles_.configure(count);
-    const __m512i sign = _mm512_set1_epi16(static_cast<short>(is_negative_ ? 0x8000 : 0));
-    rows.for_each(first, count, [&](int64_t r, int64_t token, int64_t head) {
-      visible_[r] = rows.visible(token);
-      const float* from = rows.query(token, head);
-      for (int64_t d = 0; d < dim_; d += 2 * kLanes) {
-        const __m512i q = round_to_bf16(load(from + d), load(from + d + kLanes));
-        _mm512_storeu_si512(q_ + r * dim_ + d, _mm512_xor_si512(q, sign));
-      }
-    });
+    rows.for_each(first, count,
+                  [&](int64_t r, int64_t token, int64_t) { visible_[r] = rows.visible(token); });
+    queries_.round(rows, first, count, q_);
   }
 
   void attend_span(int64_t span_begin, const Partials& partials) {
@@ -179,7 +171,7 @@ class AmxSpans {
                         return section.keys[2 * step + half] + depth * (kAmxDepth / 2) * key_line();
                       });
     }
-    const ScoreRows rows{scores_, weights_, first, end, scale_};
+    const ScoreRows rows{scores_, weights_, first, end, queries_.scale()};
     rows.weigh(n, visible_ + r, at, to.max + r, [&]() __attribute__((always_inline)) { values.next(3); });
     values.rest();
     find_values(section, first, end, seen);
@@ -240,9 +232,8 @@ class AmxSpans {
 
   KvCache<bf16> cache_;
   AttentionTiles tiles_;
+  AmxQueries queries_;
   int64_t dim_, size_;
-  float scale_;
-  bool is_negative_;
   const PackedRows* rows_ = nullptr;
   const PackedRows* following_ = nullptr;
   int64_t count_ = 0;

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/attention_amx_queries.h"
 #include "cpu/attention_amx_tiles.h"
 #include "cpu/attention_amx_weights.h"
 #include "cpu/attention_section.h"
@@ -29,11 +30,7 @@ class AmxStream {
   static constexpr int kMaxRows = kAmxRows;
 
   AmxStream(const Attention& op, const AttentionShape& shape, AttentionTiles& tiles)
-      : op_(op), shape_(shape), cache_(op.kv_cache), tiles_(tiles), results_(shape) {
-    const float scale = op.scale * 1.44269504f;
-    is_negative_ = scale < 0;
-    scale_ = is_negative_ ? -scale : scale;
-  }
+      : op_(op), shape_(shape), cache_(op.kv_cache), queries_(op), tiles_(tiles), results_(shape) {}
 
   // Rows of one tile that all see the same tokens, some of each span.
   bool takes(const PackedRows& rows) const {
@@ -57,7 +54,7 @@ class AmxStream {
     Rows& of = rows_[next_rows_++ % kInFlight];
     of.item = &rows.item;
     of.kv_head = rows.kv_head;
-    round_queries(rows, of);
+    queries_.round(rows, 0, num_rows_, of.q);
     if (following != nullptr) ask_for(*following);
     const TokenRange seen = rows.visible(0);
     for (int64_t at = rows.item.kv_begin / op_.span * op_.span; at < seen.end;) {
@@ -102,18 +99,6 @@ class AmxStream {
       return {scores, weights, section.first_step, section.end_step, scale};
     }
   };
-
-  void round_queries(const PackedRows& rows, Rows& to) const {
-    const int64_t dim = shape_.head_dim;
-    const __m512i sign = _mm512_set1_epi16(static_cast<short>(is_negative_ ? 0x8000 : 0));
-    rows.for_each(0, num_rows_, [&](int64_t r, int64_t token, int64_t head) {
-      const float* from = rows.query(token, head);
-      for (int64_t d = 0; d < dim; d += 2 * kLanes) {
-        const __m512i q = round_to_bf16(load(from + d), load(from + d + kLanes));
-        _mm512_storeu_si512(to.q + r * dim + d, _mm512_xor_si512(q, sign));
-      }
-    });
-  }
 
   // The queries and blocks of a unit, which another core may have made, or keys and values of others driven
   // out of this one's cache.
@@ -164,7 +149,7 @@ class AmxStream {
   }
 
   void find_maxima(Task& task) {
-    const ScoreRows rows = task.score_rows(scale_);
+    const ScoreRows rows = task.score_rows(queries_.scale());
     const KvSection& section = task.section;
     const int64_t at = section.tokens.begin;
     const bool all =
@@ -179,7 +164,7 @@ class AmxStream {
           highest.add<false>(score, seen_keys(section, step));
         }
       }
-      const float top = highest.value() * scale_;
+      const float top = highest.value() * queries_.scale();
       task.max[i] = top;
       shifts_[i] = -top;
     }
@@ -190,7 +175,7 @@ class AmxStream {
   }
 
   __attribute__((always_inline)) void weigh_step(Task& task, int step) {
-    const ScoreRows rows = task.score_rows(scale_);
+    const ScoreRows rows = task.score_rows(queries_.scale());
     const uint32_t seen = seen_keys(task.section, step);
     for (int64_t i = 0; i < num_rows_; ++i) rows.weigh_step(i, step, set1(shifts_[i]), seen);
   }
@@ -452,9 +437,8 @@ class AmxStream {
   const Attention& op_;
   const AttentionShape& shape_;
   KvCache<bf16> cache_;
+  AmxQueries queries_;
   AttentionTiles& tiles_;
-  float scale_;
-  bool is_negative_;
   int64_t num_rows_ = 0;
   Task* coming_ = nullptr;
   Task* score_ = nullptr;
